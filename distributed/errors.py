@@ -1,0 +1,35 @@
+"""Everything that can go wrong between the machines and with a model's files.
+
+    DistributedError
+    ├── ModelError            a model's folder or repository is missing, broken or not supported
+    ├── PartitionError        the layers do not fit, or LAYER_SPLIT does not add up
+    ├── HostError             a machine of the ring cannot take part
+    └── RingError             the ring could not be formed, or broke
+        └── HandshakeError    the ranks are not alike: versions, code or model differ
+
+Each message says what to change; none of them is caught and hidden on the way to the log or the terminal.
+"""
+
+
+class DistributedError(Exception):
+    """Base of this package's errors."""
+
+
+class ModelError(DistributedError):
+    """A model's folder or repository is missing, broken or not supported."""
+
+
+class PartitionError(DistributedError):
+    """The layers do not fit on the ranks, or LAYER_SPLIT does not add up."""
+
+
+class HostError(DistributedError):
+    """A machine of the ring cannot take part; the message names it and the mend."""
+
+
+class RingError(DistributedError):
+    """The ring could not be formed, or broke. Starting it again may help."""
+
+
+class HandshakeError(RingError):
+    """The ranks are not alike; the message names the rank and the difference. Starting again does not help."""

@@ -1,0 +1,69 @@
+"""One rank of the ring: `python -m server --instance ID --socket PATH`, started by mlx.launch on every machine.
+
+The order matters. stdin goes first (mlx.launch spins a core for as long as it may write there), OpenBLAS before mlx, the
+ring before anything heavy (a neighbour waits 31 s for it), and every way out is `os._exit` (`distributed.fatal`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import logging
+import os
+import signal
+import sys
+
+from distributed.blas import prefer_openblas
+
+logger = logging.getLogger("server")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m server", description=__doc__)
+    parser.add_argument("--instance", required=True, help="marks this process as the server's, for ./launch.sh stop")
+    parser.add_argument("--socket", required=True, help="the api process's unix socket; used by rank 0")
+    arguments = parser.parse_args()
+
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the whole process group; the api ends us in order
+    rank = int(os.environ.get("MLX_RANK", "0"))
+
+    from config.logging import setup_rank_logging
+
+    setup_rank_logging("INFO", rank, 0, "")
+    prefer_openblas(int(os.environ.get("MLX_RING_LOCAL_RANKS", "1")))
+    _serve(rank, arguments.socket)
+
+
+def _serve(rank: int, socket_path: str) -> None:
+    from distributed.fatal import die, flush_and_exit
+    from distributed.ring import Ring
+
+    try:
+        from server.api_link import ApiLink
+        from server.protocol import Failed
+
+        api = ApiLink(socket_path) if rank == 0 else None
+        configured = api.configure() if api is not None else {}
+        try:
+            ring = Ring.join()
+        except Exception as error:
+            if api is not None:
+                api.send(Failed(str(error), permanent=False))
+            raise
+        from config.logging import setup_rank_logging
+
+        setup_rank_logging("INFO", ring.rank, ring.size, str(configured.get("model_name", "")))
+        from server.startup import start_rank
+
+        start_rank(ring, api, configured)
+    except SystemExit as end:
+        flush_and_exit(int(end.code or 0))
+    except Exception as error:  # the outermost frame of the process
+        die(f"{type(error).__name__}: {error}", exc_info=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

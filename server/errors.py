@@ -1,0 +1,18 @@
+"""What can go wrong on a rank once its ring stands.
+
+    ServerError
+    ├── BudgetError        the KV keys cannot hold one request; the message names the key to change
+    └── DisagreementError  a rank's caches are not what rank 0 thinks they are (a bug: the ring is restarted)
+"""
+
+
+class ServerError(Exception):
+    """Base of this package's errors."""
+
+
+class BudgetError(ServerError):
+    """The KV cache as configured cannot hold one request; the message names the key to change."""
+
+
+class DisagreementError(ServerError):
+    """A rank's caches are not what the frame says they must be."""

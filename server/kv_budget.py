@@ -1,0 +1,145 @@
+"""How many bytes the KV caches may and will take: arithmetic that decides who is admitted. No mlx, no clock.
+
+Caches are counted as mlx-lm really allocates them: a group of sequences is one rectangle, rows × the longest length in
+whole blocks of 256 tokens, left-padded; a sliding-window layer stops growing at its window; a state-space layer does not
+grow. Each rank has its own costs and limit, and the tightest rank decides. The scheduler is the only caller that asks
+again and again; start-up asks once what fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from server.errors import BudgetError
+
+BLOCK_TOKENS = 256  # mlx-lm's caches grow by this many tokens
+MIB = 1024 * 1024
+
+
+def blocks(num_tokens: int) -> int:
+    """`num_tokens` rounded up to whole blocks, in tokens."""
+    return -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+
+
+class CacheCost(msgspec.Struct, frozen=True):
+    """Bytes of one cached entry: so many a token, up to `window` tokens (None: no end), and `fixed_bytes` a sequence."""
+
+    bytes_per_token: int
+    window: int | None = None
+    fixed_bytes: int = 0
+
+    def row_bytes(self, num_tokens: int) -> int:
+        """Bytes of one row of `num_tokens` allocated tokens."""
+        held = num_tokens if self.window is None else min(num_tokens, self.window)
+        return self.fixed_bytes + held * self.bytes_per_token
+
+
+class RankCost(msgspec.Struct, frozen=True):
+    """What the caches of one rank's layers cost, one entry a cache, and whether they can share a batch."""
+
+    caches: list[CacheCost]
+    batchable: bool = True
+
+    def row_bytes(self, num_tokens: int) -> int:
+        return sum(cache.row_bytes(num_tokens) for cache in self.caches)
+
+    def copy_bytes(self, num_tokens: int) -> int:
+        """The largest single cache: a join, a leave or a growth copies one cache at a time."""
+        return max((cache.row_bytes(num_tokens) for cache in self.caches), default=0)
+
+
+class Shape(msgspec.Struct, frozen=True):
+    """A group as the budget sees it."""
+
+    rows: int
+    longest: int  # tokens of its longest sequence
+
+
+class KVBudget:
+    """The limits of all ranks.
+
+    Args:
+        ranks: each rank's costs, in rank order.
+        reserved_bytes: KV_CACHE_RESERVED_MEMORY_MB in bytes, a ceiling on every rank.
+        max_tokens: KV_CACHE_MAX_SIZE, rounded up to whole blocks, or None.
+    """
+
+    def __init__(self, ranks: list[RankCost], reserved_bytes: int, max_tokens: int | None = None) -> None:
+        self._ranks = ranks
+        self._reserved_bytes = reserved_bytes
+        self._max_tokens = None if max_tokens is None else blocks(max_tokens)
+        self.capacity_tokens = self._capacity_tokens()
+
+    @property
+    def batchable(self) -> bool:
+        """False where some layer's cache cannot be merged with another's: then every group has one row."""
+        return all(rank.batchable for rank in self._ranks)
+
+    def bytes_on(self, rank: int, groups: Iterable[Shape]) -> int:
+        """What `groups` come to on one rank, in bytes, without the working copy."""
+        return sum(group.rows * self._ranks[rank].row_bytes(blocks(group.longest)) for group in groups)
+
+    def bytes_limit(self, rank: int) -> int:
+        """What one rank may hold: the smaller of the two keys."""
+        if self._max_tokens is None:
+            return self._reserved_bytes
+        return min(self._reserved_bytes, self._ranks[rank].row_bytes(self._max_tokens))
+
+    def fits(self, groups: Iterable[Shape]) -> bool:
+        """True if every rank can hold `groups`, with room for the working copy of the largest cache."""
+        groups = [group for group in groups if group.rows]
+        if self._max_tokens is not None and sum(g.rows * blocks(g.longest) for g in groups) > self._max_tokens:
+            return False
+        return all(
+            self.bytes_on(rank, groups) + self._working_bytes(cost, groups) <= self._reserved_bytes
+            for rank, cost in enumerate(self._ranks)
+        )
+
+    def max_sequence_length(self, configured: int | None, model_context: int | None) -> int:
+        """Tokens of the longest request (prompt + completion) that is served.
+
+        Raises:
+            BudgetError: MAX_SEQUENCE_LENGTH is more than the cache or the model holds, or nothing fits at all.
+        """
+        if self.capacity_tokens < 1:
+            needed = max(
+                cost.row_bytes(BLOCK_TOKENS) + self._working_bytes(cost, [Shape(1, BLOCK_TOKENS)])
+                for cost in self._ranks
+            )
+            raise BudgetError(
+                f"KV_CACHE_RESERVED_MEMORY_MB={self._reserved_bytes // MIB} cannot hold one request: the smallest "
+                f"cache of this model takes {-(-needed // MIB)} MB on its tightest rank; set it to at least that"
+            )
+        if configured is None:
+            return min(self.capacity_tokens, model_context or self.capacity_tokens)
+        if configured > self.capacity_tokens:
+            raise BudgetError(
+                f"MAX_SEQUENCE_LENGTH={configured} is more than the KV cache holds ({self.capacity_tokens} tokens): "
+                "lower it, or raise KV_CACHE_MAX_SIZE and KV_CACHE_RESERVED_MEMORY_MB"
+            )
+        if model_context is not None and configured > model_context:
+            raise BudgetError(
+                f"MAX_SEQUENCE_LENGTH={configured} is more than the model's context of {model_context} tokens: lower it"
+            )
+        return configured
+
+    def _capacity_tokens(self) -> int:
+        """Longest single sequence that fits, in tokens: the largest number of whole blocks, found by bisection."""
+        if self._max_tokens is not None:
+            high = self._max_tokens // BLOCK_TOKENS
+        else:
+            high = 1 << 20  # 268 million tokens: where every layer has a window or a fixed state, there is no end
+        low = 0
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.fits([Shape(1, middle * BLOCK_TOKENS)]):
+                low = middle
+            else:
+                high = middle - 1
+        return low * BLOCK_TOKENS
+
+    @staticmethod
+    def _working_bytes(cost: RankCost, groups: list[Shape]) -> int:
+        return max((group.rows * cost.copy_bytes(blocks(group.longest)) for group in groups), default=0)

@@ -1,0 +1,257 @@
+"""From a joined ring to a rank that serves: settings, model, split, weights, budget, in laps round the ring.
+
+In every lap each rank does its part and tells the others how it went, so that all go on together or none does, and a
+failure names its rank. Rank 0 gets the settings from the api process and passes them on; only rank 0 decides the split.
+`server.__main__` calls `start_rank` once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import mlx.core as mx
+import msgspec
+
+from config import ConfigError, Settings
+from distributed.errors import DistributedError, HandshakeError, RingError
+from distributed.handshake import Introduction, meet
+from distributed.memory import check_fits, plan_stages, rank_memory_limit_bytes
+from distributed.model_files import ModelInfo, ensure_weights, inspect_model, prepare_model
+from distributed.partition import LayerRange
+from distributed.pipeline import Pipeline
+from distributed.ring import Ring
+from distributed.shard.load import load_stage
+from server.api_link import ApiLink
+from server.engine import Engine
+from server.errors import ServerError
+from server.kv_budget import MIB, KVBudget, RankCost
+from server.protocol import Failed, Progress, RankInfo, Ready
+from server.scheduler import Scheduler
+from server.stage import Stage
+from server.status import RankStatus, decode_reports
+from server.warm_up import warm_up
+from server.worker import run_worker
+
+DEFAULT_CHUNK_TOKENS = 256
+DEFAULT_MAX_RUNNING = 32
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """One rank's part in a lap: what it made, as JSON, or why it could not. `permanent`: trying again cannot help."""
+
+    value: Any = None
+    error: str | None = None
+    permanent: bool = False
+
+
+class StartError(ServerError):
+    """A rank could not start; all ranks know."""
+
+    def __init__(self, message: str, permanent: bool) -> None:
+        super().__init__(message)
+        self.permanent = permanent
+
+
+class ModelFacts(msgspec.Struct, frozen=True):
+    """What must agree before the layers are split, and each rank's room."""
+
+    config_hash: str
+    memory_limit_bytes: int
+
+
+def start_rank(ring: Ring, api: ApiLink | None, configured: dict[str, Any]) -> NoReturn:
+    """Bring this rank up and serve until the process ends.
+
+    Args:
+        ring: joined; nothing else has been exchanged yet.
+        api: rank 0's connection to the api process, None on other ranks.
+        configured: rank 0's settings as the api sent them; empty elsewhere.
+    """
+    status = RankStatus(ring.rank)
+    try:
+        pipeline, everyone = meet(ring, queue.SimpleQueue(), status.report)
+    except RingError as error:
+        if api is not None:
+            api.send(Failed(str(error), permanent=isinstance(error, HandshakeError)))
+        raise
+    rank = _RankStart(ring, pipeline, everyone, api, status)
+    try:
+        rank.start(configured)
+    except StartError as error:
+        logger.error("%s", error)
+        if api is None:
+            threading.Event().wait()  # rank 0's goodbye, or the end of a neighbour, ends this process
+        api.send(Failed(str(error), error.permanent))  # type: ignore[union-attr]
+        pipeline.close(timeout_s=5.0)
+        raise SystemExit(1) from error
+    raise AssertionError("unreachable: a started rank serves until its process ends")
+
+
+class _RankStart:
+    """The laps, in order."""
+
+    def __init__(
+        self, ring: Ring, pipeline: Pipeline, everyone: list[Introduction], api: ApiLink | None, status: RankStatus
+    ) -> None:
+        self._ring = ring
+        self._pipeline = pipeline
+        self._everyone = everyone
+        self._api = api
+        self._root = Path.cwd()  # where mlx.launch put us: the project's folder, WORKER_DIR on other machines
+        self._status = status
+        if api is not None:
+            pipeline.on_reports = self._send_progress
+
+    def start(self, configured: dict[str, Any]) -> NoReturn:
+        settings = Settings.from_ranks(self._lap("agree on the settings", lambda: configured, dict[str, Any])[0])
+        logging.getLogger().setLevel(settings.log_level)
+        local_ranks = int(os.environ.get("MLX_RING_LOCAL_RANKS", "1"))
+
+        facts = self._lap("find the model", lambda: self._prepare(settings, local_ranks), ModelFacts)
+        self._check_same_model(facts)
+        ranges = self._lap("split the layers", lambda: self._split(settings, facts), list[tuple[int, int]])[0]
+        layer_range = LayerRange(*ranges[self._ring.rank])
+        self._status.layers = (layer_range.start, layer_range.end)
+
+        costs = self._lap(f"load layers {layer_range}", lambda: self._load(settings, layer_range), RankCost)
+        budget, max_length = self._budget(settings, costs)
+        self._status.kv_cache_bytes = lambda: self._stage.caches.num_bytes
+        self._status.kv_cache_bytes_limit = budget.bytes_limit(self._ring.rank)
+        ranks = self._lap("tell what each rank holds", self._status.info, RankInfo)
+        self._status.state = "ready"
+        if self._api is None:
+            run_worker(self._stage, self._pipeline)
+        self._tell("run a first token through the ring")
+        warm_up(self._stage, self._pipeline, self._info.vocab_size)
+        self._serve(settings, budget, max_length, ranks)
+
+    def _serve(self, settings: Settings, budget: KVBudget, max_length: int, ranks: list[RankInfo]) -> NoReturn:
+        assert self._api is not None
+        max_running = settings.max_concurrent_requests or DEFAULT_MAX_RUNNING
+        scheduler = Scheduler(
+            budget,
+            max_sequence_length=max_length,
+            max_running=max_running,
+            prefill_chunk_tokens=settings.prefill_chunk_tokens or DEFAULT_CHUNK_TOKENS,
+        )
+        engine = Engine(
+            self._stage,
+            self._pipeline,
+            scheduler,
+            self._api,
+            vocab_size=self._info.vocab_size,
+            max_sequence_length=max_length,
+        )
+        self._status.state = "ready"
+        ready = Ready(
+            model_path=str(self._info.path),
+            max_sequence_length=max_length,
+            kv_cache_tokens=budget.capacity_tokens,
+            vocab_size=self._info.vocab_size,
+            max_concurrent_requests=max_running,
+            ranks=ranks,
+        )
+        self._api.send(ready)
+        self._pipeline.on_reports = engine.send_stats
+        self._api.start_reading(self._pipeline.inbox)
+        engine.run()
+
+    # -- the laps' work ----------------------------------------------------------------------------------------------
+
+    def _prepare(self, settings: Settings, local_ranks: int) -> ModelFacts:
+        self._info: ModelInfo = inspect_model(prepare_model(settings.model_repo, self._root, progress=self._tell))
+        limit = rank_memory_limit_bytes(self._ring.rank, local_ranks, settings.rank_memory_limit_mb)
+        return ModelFacts(self._info.config_hash, limit)
+
+    def _split(self, settings: Settings, facts: list[ModelFacts]) -> list[tuple[int, int]]:
+        if self._ring.rank:
+            return []
+        plans = plan_stages(
+            self._info,
+            self._ring.size,
+            [fact.memory_limit_bytes for fact in facts],
+            settings.kv_cache_reserved_memory_mb * MIB,
+            settings.layer_split,
+        )
+        check_fits(plans)
+        return [(plan.layer_range.start, plan.layer_range.end) for plan in plans]
+
+    def _load(self, settings: Settings, layer_range: LayerRange) -> RankCost:
+        is_first, is_last = self._ring.rank == 0, self._ring.is_last
+        ensure_weights(self._info, layer_range, is_first, is_last, self._tell)
+        self._stage = Stage(load_stage(self._info, layer_range, trust_remote_code=settings.trust_remote_code))
+        logger.info("holds layers %s: %.0f MiB", layer_range, mx.get_active_memory() / MIB)
+        return self._stage.cache_cost
+
+    def _budget(self, settings: Settings, costs: list[RankCost]) -> tuple[KVBudget, int]:
+        budget = KVBudget(costs, settings.kv_cache_reserved_memory_mb * MIB, settings.kv_cache_max_size)
+        try:
+            max_length = budget.max_sequence_length(settings.max_sequence_length, self._info.max_context)
+        except ServerError as error:
+            raise StartError(str(error), permanent=True) from error
+        logger.info(
+            "KV cache: %d tokens in all, %d a request; at most %.0f MiB on this rank",
+            budget.capacity_tokens,
+            max_length,
+            budget.bytes_limit(self._ring.rank) / MIB,
+        )
+        return budget, max_length
+
+    def _check_same_model(self, facts: list[ModelFacts]) -> None:
+        for rank, fact in enumerate(facts):
+            if fact.config_hash != facts[0].config_hash:
+                raise StartError(
+                    f"{self._name(rank)} has another version of the model than {self._name(0)}: their config.json "
+                    f"differ ({fact.config_hash[:12]} and {facts[0].config_hash[:12]}); bring the same files to both "
+                    "(./launch.sh workers)",
+                    permanent=True,
+                )
+
+    # -- going on together -------------------------------------------------------------------------------------------
+
+    def _lap(self, doing: str, work: Callable[[], T], kind: type[T]) -> list[T]:
+        """Do `work` on every rank; every rank's result, in rank order.
+
+        Raises:
+            StartError: on every rank, if the work of any of them failed.
+        """
+        self._tell(doing)
+        try:
+            outcome = Outcome(msgspec.to_builtins(work()))
+        except (DistributedError, ServerError, ConfigError) as error:
+            outcome = Outcome(error=str(error), permanent=True)
+        except (OSError, RuntimeError, ValueError) as error:  # a download, a full disk, MLX's allocation failure
+            logger.exception("could not %s", doing)
+            outcome = Outcome(error=f"could not {doing}: {error}")
+        outcomes = [msgspec.json.decode(record, type=Outcome) for record in self._pipeline.lap(msgspec.json.encode(outcome))]
+        for rank, other in enumerate(outcomes):
+            if other.error is not None:
+                raise StartError(f"{self._name(rank)}: {other.error}", other.permanent)
+        return [msgspec.convert(other.value, kind) for other in outcomes]
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} ({self._everyone[rank].host})"
+
+    def _tell(self, doing: str) -> None:
+        self._status.state = doing
+        logger.info("%s", doing)
+
+    def _send_progress(self, reports: list[bytes]) -> None:
+        """From the heartbeat, once a second: what each rank is at."""
+        assert self._api is not None
+        states = [(f"rank {info.rank}", info.state) for info in decode_reports(reports)]
+        together = {state for _, state in states}
+        if len(together) == 1:
+            detail = f"all {self._ring.size} ranks: {together.pop()}" if len(states) > 1 else together.pop()
+        else:
+            detail = "; ".join(f"{name}: {state}" for name, state in states)
+        self._api.send(Progress(detail))

@@ -1,0 +1,45 @@
+"""What one rank says of itself each second: its part of /health. Filled in as start-up goes on, read by the heartbeat."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+import mlx.core as mx
+import msgspec
+
+from server.protocol import RankInfo
+
+
+class RankStatus:
+    """The mutable facts behind `RankInfo`; numbers are read from MLX when asked."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.host = socket.gethostname()
+        self.layers = (0, 0)
+        self.kv_cache_bytes_limit = 0
+        self.kv_cache_bytes: Callable[[], int] = int
+        self.state = "starting"
+
+    def info(self) -> RankInfo:
+        return RankInfo(
+            rank=self.rank,
+            host=self.host,
+            pid=os.getpid(),
+            layers=self.layers,
+            memory_bytes=mx.get_active_memory(),
+            kv_cache_bytes=self.kv_cache_bytes(),
+            kv_cache_bytes_limit=self.kv_cache_bytes_limit,
+            peak_memory_bytes=mx.get_peak_memory(),
+            state=self.state,
+        )
+
+    def report(self) -> bytes:
+        return msgspec.msgpack.encode(self.info())
+
+
+def decode_reports(reports: list[bytes]) -> list[RankInfo]:
+    """The heartbeat's reports as the api knows them."""
+    return [msgspec.msgpack.decode(report, type=RankInfo) for report in reports]

@@ -1,0 +1,26 @@
+"""The compute loop of ranks 1 to P-1: take a frame, run the stage, pass on. It ends with the process (`distributed.fatal`)."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from distributed.pipeline import Pipeline
+from server.errors import DisagreementError
+from server.frame import StepHeader, decode_header, encode_header
+from server.stage import Stage
+
+
+def run_worker(stage: Stage, pipeline: Pipeline) -> NoReturn:
+    """Serve frames for ever.
+
+    Raises:
+        DisagreementError: a frame does not fit this rank's state; the ring has to start again.
+    """
+    while True:
+        arrival = pipeline.inbox.get()
+        pipeline.acknowledge()
+        header = decode_header(arrival.header)
+        if not isinstance(header, StepHeader):
+            raise DisagreementError(f"a worker got a {type(header).__name__}")
+        outgoing, arrays = stage.run(header, arrival.arrays)
+        pipeline.send(encode_header(outgoing), arrays)
