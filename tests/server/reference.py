@@ -1,0 +1,32 @@
+"""mlx_lm's own greedy generation on the unsplit model: `python -m tests.server.reference FOLDER MAX_TOKENS < prompts`.
+
+Reads a JSON list of prompts (token ids) from stdin and writes the generated ids the same way. A program of its own, so
+that OpenBLAS can be loaded before mlx.
+"""
+
+import json
+import sys
+
+from distributed.blas import prefer_openblas
+
+
+def main(folder: str, max_tokens: int) -> None:
+    prefer_openblas()
+    import mlx.core as mx
+    from mlx_lm import load
+    from mlx_lm.generate import generate_step
+
+    model, tokenizer = load(folder)
+    answers = []
+    for prompt in json.load(sys.stdin):
+        tokens: list[int] = []
+        for token, _ in generate_step(mx.array(prompt), model, max_tokens=max_tokens):
+            tokens.append(int(token))
+            if tokens[-1] in tokenizer.eos_token_ids:
+                break
+        answers.append(tokens)
+    print(json.dumps({"answers": answers, "stop_token_ids": sorted(tokenizer.eos_token_ids)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
