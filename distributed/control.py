@@ -1,8 +1,9 @@
 """Control connections: one plain TCP connection to each neighbour, beside MLX's ring.
 
-A rank blocks here for free, where a pending ring recv would spin a core, and learns the instant a neighbour dies (EOF) or
-falls silent (no heartbeat). A connection is believed only after it has shown this run's token; it never carries pickles,
-and every message has a length limit. `Pipeline` owns the two connections; nobody else reads or writes them.
+A rank blocks here for free, where a pending ring recv would spin a core, and learns the instant a neighbour dies
+(EOF) or falls silent (no heartbeat). A connection is believed only after it has shown this run's token; it never
+carries pickles, and every message has a length limit. `Pipeline` owns the two connections; nobody else reads or
+writes them.
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ class Connection:
         except (ValueError, msgspec.MsgspecError) as error:
             raise RingError(f"rank {self.peer} sent something that is not ours: {error}") from error
 
+    def close(self) -> None:
+        """Hang up; the peer sees EOF."""
+        self._socket.close()
+
 
 def listen(host: str) -> socket.socket:
     """A listening socket on a free port of this rank's ring address, and of that address only."""
@@ -81,17 +86,19 @@ def connect_neighbours(
         RingError: the right neighbour does not answer, or no caller showed the token, within 30 s.
     """
     deadline = time.monotonic() + _CONNECT_TIMEOUT_S
-    right = (rank + 1) % size
-    try:
-        right_socket = socket.create_connection(right_address, timeout=_CONNECT_TIMEOUT_S)
-    except OSError as error:
-        host, port = right_address
-        raise RingError(f"rank {rank} cannot reach rank {right} at {host} port {port}: {error}") from error
-    connection = Connection(right_socket, right)
-    connection.send(Hello(token, rank))
+    left_rank, right_rank = (rank - 1) % size, (rank + 1) % size
     with listener:
-        left_socket = _accept(listener, Hello(token, (rank - 1) % size), deadline)
-    return Connection(left_socket, (rank - 1) % size), connection
+        try:
+            right = Connection(socket.create_connection(right_address, timeout=_CONNECT_TIMEOUT_S), right_rank)
+        except OSError as error:
+            host, port = right_address
+            raise RingError(f"rank {rank} cannot reach rank {right_rank} at {host} port {port}: {error}") from error
+        try:
+            right.send(Hello(token, rank))
+            return Connection(_accept(listener, Hello(token, left_rank), deadline), left_rank), right
+        except RingError:
+            right.close()
+            raise
 
 
 def _accept(listener: socket.socket, expected: Hello, deadline: float) -> socket.socket:

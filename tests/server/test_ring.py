@@ -157,7 +157,9 @@ def test_a_failure_of_any_rank_reaches_the_api_with_its_reason(tmp_path: Path, t
     with running_ring(tiny_chat_model, 2, layer_split="1,1") as ring:
         failed = ring.wait_failed()
         assert failed.permanent and "LAYER_SPLIT" in failed.message
-    with running_ring(tiny_chat_model, 2, kv_cache_max_size=256, max_sequence_length=200, rank_memory_limit_mb=1) as ring:
+    with running_ring(
+        tiny_chat_model, 2, kv_cache_max_size=256, max_sequence_length=200, rank_memory_limit_mb=1
+    ) as ring:
         failed = ring.wait_failed()
         assert failed.permanent and "RANK_MEMORY_LIMIT_MB" in failed.message
 
