@@ -75,7 +75,8 @@ def test_a_stop_id_ends_the_answer(ring: RingUnderTest, reference: list[list[int
     ring.submit("stopped", PROMPTS[0], MAX_TOKENS, stop_token_ids=[stop])
     outputs = list(ring.outputs(1))
     assert outputs[-1].finish_reason == "stop"
-    assert sum((output.token_ids for output in outputs), []) == reference[0][: reference[0].index(stop) + 1]
+    tokens = [token_id for output in outputs for token_id in output.token_ids]
+    assert tokens == reference[0][: reference[0].index(stop) + 1]
 
 
 def test_a_request_that_cannot_be_served_gets_an_error_and_the_ring_goes_on(ring: RingUnderTest):
