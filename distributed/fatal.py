@@ -12,7 +12,8 @@ import logging
 import os
 import sys
 import threading
-from typing import Callable, NoReturn, ParamSpec
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec
 
 from distributed.errors import RingError
 
@@ -24,7 +25,9 @@ _ending = threading.Lock()
 
 
 def die(reason: str, *, exit_code: int = EXIT_RING_LOST, exc_info: bool = False) -> NoReturn:
-    """End this process now, with `reason` as the last line of its log. The first caller wins; others wait for the end."""
+    """End this process now, with `reason` as the last line of its log. The first caller wins; others wait for the
+    end.
+    """
     _ending.acquire()
     log = logger.critical if exit_code else logger.info
     log("rank ends: %s", reason, exc_info=exc_info)

@@ -1,14 +1,14 @@
-"""What travels between neighbouring ranks on the control connections: small typed messages, length-prefixed MessagePack.
+"""What travels between neighbouring ranks on the control connections: small typed messages, length-prefixed
+MessagePack.
 
-An `Envelope` announces a frame: its header (opaque here, `server.frame` gives it meaning) and the tensors that follow on
-MLX's ring. `Credit` flows back when the receiver has a free slot. `Heartbeat` and `Lap` serve liveness and start-up.
-Nothing here touches a socket or an array.
+An `Envelope` announces a frame: its header (opaque here, `server.frame` gives it meaning) and the tensors that follow
+on MLX's ring. `Credit` flows back when the receiver has a free slot. `Heartbeat` and `Lap` serve liveness and
+start-up. Nothing here touches a socket or an array.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import Union
 
 import msgspec
 
@@ -58,7 +58,7 @@ class Goodbye(msgspec.Struct, tag="goodbye", frozen=True):
     """The ring ends in order: each rank passes it on and exits."""
 
 
-ControlMessage = Union[Hello, Envelope, Credit, Heartbeat, Lap, Goodbye]
+ControlMessage = Hello | Envelope | Credit | Heartbeat | Lap | Goodbye
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ControlMessage)

@@ -1,8 +1,8 @@
 """How ranks that MLX's ring has just connected become sure of each other.
 
-Over the ring every rank tells its versions, its process and the port of its control listener, and rank 0 a random token;
-the control connections must show that token, which proves that both kinds of connection belong to one run (the ring takes
-the first TCP connection unchecked). Called once by each rank, before anything heavy is imported or loaded.
+Over the ring every rank tells its versions, its process and the port of its control listener, and rank 0 a random
+token; the control connections must show that token, which proves that both kinds of connection belong to one run (the
+ring takes the first TCP connection unchecked). Called once by each rank, before anything heavy is imported or loaded.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ class Introduction(msgspec.Struct, frozen=True):
     token: str
 
 
-def meet(
-    ring: Ring, inbox: queue.SimpleQueue[Any], report: Callable[[], bytes]
-) -> tuple[Pipeline, list[Introduction]]:
+def meet(ring: Ring, inbox: queue.SimpleQueue[Any], report: Callable[[], bytes]) -> tuple[Pipeline, list[Introduction]]:
     """Connect to both neighbours; returns the started pipeline (see there for the arguments) and what each rank said.
 
     Raises:

@@ -1,9 +1,10 @@
 """The data plane of one rank: takes frames from the left neighbour, gives frames to the right one.
 
-Three threads besides the caller's: a receiver (waits for an envelope, then evaluates the ring recv), a sender (waits for
-a credit, then sends envelope and tensors) and a reader of what flows back from the right. The caller computes; only
-evaluated arrays cross threads, and no graph holds both a computation and a transfer. A ring of one is the same object
-with its right hand in its own left. When a neighbour is lost the process ends (`distributed.fatal`): nothing is retried.
+Three threads besides the caller's: a receiver (waits for an envelope, then evaluates the ring recv), a sender (waits
+for a credit, then sends envelope and tensors) and a reader of what flows back from the right. The caller computes;
+only evaluated arrays cross threads, and no graph holds both a computation and a transfer. A ring of one is the same
+object with its right hand in its own left. When a neighbour is lost the process ends (`distributed.fatal`): nothing
+is retried.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -34,8 +36,8 @@ class Arrival(NamedTuple):
 class Pipeline:
     """The threads and queues of one rank, between its two neighbours (None, both, in a ring of one).
 
-    `inbox` receives an `Arrival` for each frame; rank 0 hands in a queue that gets its other events too. `report` is asked
-    each second for this rank's state, which travels with the heartbeat to rank 0.
+    `inbox` receives an `Arrival` for each frame; rank 0 hands in a queue that gets its other events too. `report` is
+    asked each second for this rank's state, which travels with the heartbeat to rank 0.
     """
 
     def __init__(
@@ -79,7 +81,9 @@ class Pipeline:
             self._left.send(Credit())
 
     def lap(self, record: bytes) -> list[bytes]:
-        """Start-up: exchange one record with every rank, in rank order, without spinning. Every rank calls this alike."""
+        """Start-up: exchange one record with every rank, in rank order, without spinning. Every rank calls this
+        alike.
+        """
         if self._right is None:
             return [record]
         if self.ring.rank == 0:

@@ -1,8 +1,9 @@
 """MLX's ring, as far as we use it: join it, gather bytes at start-up, send arrays right, receive arrays from the left.
 
-Everything here blocks the calling thread and evaluates on that thread's own CPU stream: network and compute never share
-a graph (on Metal a command buffer that waits for a socket is killed, mlx#3830). A pending recv spins a core, so `receive`
-is only called when the control connection has announced a tensor. Errors of the ring are final for the process.
+Everything here blocks the calling thread and evaluates on that thread's own CPU stream: network and compute never
+share a graph (on Metal a command buffer that waits for a socket is killed, mlx#3830). A pending recv spins a core, so
+`receive` is only called when the control connection has announced a tensor. Errors of the ring are final for the
+process.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
 
 import mlx.core as mx
 
@@ -66,7 +67,9 @@ class Ring:
         return cls(group.rank(), group.size(), hosts, group)
 
     def gather(self, record: bytes) -> list[bytes]:
-        """Every rank's `record` (at most 8 KiB), in rank order. Spins while it waits: for the moment of start-up only."""
+        """Every rank's `record` (at most 8 KiB), in rank order. Spins while it waits: for the moment of start-up
+        only.
+        """
         if self.size == 1:
             return [record]
         padded = len(record).to_bytes(4, "big") + record

@@ -1,7 +1,7 @@
 """One rank of the ring: `python -m server --instance ID --socket PATH`, started by mlx.launch on every machine.
 
-The order matters. stdin goes first (mlx.launch spins a core for as long as it may write there), OpenBLAS before mlx, the
-ring before anything heavy (a neighbour waits 31 s for it), and every way out is `os._exit` (`distributed.fatal`).
+The order matters. stdin goes first (mlx.launch spins a core for as long as it may write there), OpenBLAS before mlx,
+the ring before anything heavy (a neighbour waits 31 s for it), and every way out is `os._exit` (`distributed.fatal`).
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ class ApiLink:
         """
         message = read_to_engine(self._socket)
         if not isinstance(message, Configure) or message.protocol_version != PROTOCOL_VERSION:
-            raise ProtocolError(f"expected Configure of protocol {PROTOCOL_VERSION} from the api process, got {message!r}")
+            raise ProtocolError(
+                f"expected Configure of protocol {PROTOCOL_VERSION} from the api process, got {message!r}"
+            )
         return message.settings
 
     def send(self, message: FromEngine) -> None:

@@ -1,7 +1,7 @@
 """Rank 0's loop: schedule, run the first stage, take what comes back, tell the api. One screen, top to bottom.
 
-Requests from the api and results from the last rank arrive in one inbox; the loop waits there and nowhere else, so an idle
-ring costs nothing. It holds no policy: who runs is the scheduler's business.
+Requests from the api and results from the last rank arrive in one inbox; the loop waits there and nowhere else, so an
+idle ring costs nothing. It holds no policy: who runs is the scheduler's business.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class Engine:
             self._api.send(StepOutput(outputs=outputs))
 
     def _submit(self, submit: Submit) -> None:
-        """Queue a request, or answer why it cannot be served: an id out of range would corrupt memory on the CPU backend."""
+        """Queue a request, or answer why it cannot be served: an id out of range would corrupt memory on the CPU
+        backend.
+        """
         num_tokens = len(submit.prompt_token_ids) + len(submit.output_token_ids)
         token_ids = [*submit.prompt_token_ids, *submit.output_token_ids]
         error = None

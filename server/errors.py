@@ -1,8 +1,8 @@
 """What can go wrong on a rank once its ring stands.
 
-    ServerError
-    ├── BudgetError        the KV keys cannot hold one request; the message names the key to change
-    └── DisagreementError  a rank's caches are not what rank 0 thinks they are (a bug: the ring is restarted)
+ServerError
+├── BudgetError        the KV keys cannot hold one request; the message names the key to change
+└── DisagreementError  a rank's caches are not what rank 0 thinks they are (a bug: the ring is restarted)
 """
 
 

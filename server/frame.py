@@ -1,13 +1,13 @@
 """A frame: what rank 0 tells every rank to do next, and the only thing that changes a rank's caches.
 
-Every rank sees the same frames in the same order and applies them alike, so all agree without asking each other. A frame
-first changes caches (`operations`, in order), then runs its rows' tokens through the stage. The token ids themselves
-travel beside it as a tensor on MLX's ring. Plain data: no mlx, no sockets.
+Every rank sees the same frames in the same order and applies them alike, so all agree without asking each other. A
+frame first changes caches (`operations`, in order), then runs its rows' tokens through the stage. The token ids
+themselves travel beside it as a tensor on MLX's ring. Plain data: no mlx, no sockets.
 """
 
 from __future__ import annotations
 
-from typing import Any, Union
+from typing import Any
 
 import msgspec
 
@@ -35,7 +35,7 @@ class Leave(msgspec.Struct, tag="leave", frozen=True, array_like=True):
     sequence_ids: list[int]
 
 
-Operation = Union[Admit, Join, Leave]
+Operation = Admit | Join | Leave
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -71,7 +71,7 @@ class ResultHeader(msgspec.Struct, tag="result", frozen=True):
     frame_id: int
 
 
-Header = Union[StepHeader, ResultHeader]
+Header = StepHeader | ResultHeader
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Header)

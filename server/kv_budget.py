@@ -1,9 +1,9 @@
 """How many bytes the KV caches may and will take: arithmetic that decides who is admitted. No mlx, no clock.
 
-Caches are counted as mlx-lm really allocates them: a group of sequences is one rectangle, rows × the longest length in
-whole blocks of 256 tokens, left-padded; a sliding-window layer stops growing at its window; a state-space layer does not
-grow. Each rank has its own costs and limit, and the tightest rank decides. The scheduler is the only caller that asks
-again and again; start-up asks once what fits.
+Caches are counted as mlx-lm really allocates them: a group of sequences is one rectangle, rows × the longest length
+in whole blocks of 256 tokens, left-padded; a sliding-window layer stops growing at its window; a state-space layer
+does not grow. Each rank has its own costs and limit, and the tightest rank decides. The scheduler is the only caller
+that asks again and again; start-up asks once what fits.
 """
 
 from __future__ import annotations

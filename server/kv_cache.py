@@ -161,6 +161,7 @@ def _settle(cache: Cache) -> None:
 
 def _resize(cache: KVCache | BatchKVCache, num_tokens: int) -> None:
     """Give the buffers of `cache` room for exactly `num_tokens` tokens, which is at least what they hold."""
+    assert cache.keys is not None and cache.values is not None
     used = _used_tokens(cache)
     padding = [(0, 0), (0, 0), (0, num_tokens - used), (0, 0)]
     cache.keys = mx.pad(cache.keys[..., :used, :], padding)

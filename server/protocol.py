@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from typing import Union
 
 import msgspec
 
@@ -69,7 +68,7 @@ class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """End every rank now, in order."""
 
 
-ToEngine = Union[Configure, Submit, Cancel, Shutdown]
+ToEngine = Configure | Submit | Cancel | Shutdown
 
 
 # -- rank 0 to api ---------------------------------------------------------------------------------------------------
@@ -143,7 +142,7 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     permanent: bool
 
 
-FromEngine = Union[Progress, Ready, StepOutput, Stats, Failed]
+FromEngine = Progress | Ready | StepOutput | Stats | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

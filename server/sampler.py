@@ -145,8 +145,9 @@ def _penalized(logits: mx.array, requests: list[_Request]) -> mx.array:
     """Repetition penalty over prompt and output (sign-aware, arXiv:1909.05858), the two others over the output."""
     if any(request.is_seen is not None for request in requests):
         none_seen = np.zeros(logits.shape[-1], np.bool_)
-        is_seen = mx.array(np.stack([none_seen if r.is_seen is None else r.is_seen for r in requests]))
+        seen = np.stack([none_seen if r.is_seen is None else r.is_seen for r in requests])
         penalty = _column([request.params.repetition_penalty for request in requests])
+        is_seen = mx.array(seen)  # type: ignore[arg-type]
         logits = mx.where(is_seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
     if any(request.output_counts is not None for request in requests):
         no_output = np.zeros(logits.shape[-1], np.int32)

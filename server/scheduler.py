@@ -1,8 +1,8 @@
 """Decides what runs next: who is admitted, which group decodes, whose prompt gets the next chunk, who must step back.
 
-Continuous batching under a KV budget. A lap is one chunk's worth of prefill and one decode step of every group, so neither
-a long prompt nor running streams starve the other. Pure: no mlx, no sockets, no clock; the engine turns its steps into
-frames and tells it what came back. It is the only place where a sequence's life changes.
+Continuous batching under a KV budget. A lap is one chunk's worth of prefill and one decode step of every group, so
+neither a long prompt nor running streams starve the other. Pure: no mlx, no sockets, no clock; the engine turns its
+steps into frames and tells it what came back. It is the only place where a sequence's life changes.
 """
 
 from __future__ import annotations
@@ -137,6 +137,7 @@ class Scheduler:
         if self._prefilling and self._prefill_left > 0:
             return self._prefill_step(self._prefilling[0])
         while self._groups_left:
+            self._prefill_left = 0  # who comes now waits for the next lap
             group = self._groups.get(self._groups_left.popleft())
             if group is not None and (step := self._decode_step(group)) is not None:
                 return step
@@ -195,9 +196,7 @@ class Scheduler:
             sequence.status = SequenceStatus.PREFILLING
             self._groups[group.group_id] = group
             group.members.append(sequence)
-            self._operations.append(
-                Admit(sequence.sequence_id, sequence.num_prompt_tokens, sequence.submit.sampling)
-            )
+            self._operations.append(Admit(sequence.sequence_id, sequence.num_prompt_tokens, sequence.submit.sampling))
             if sequence.num_tokens_to_prefill:
                 self._prefilling.append(sequence)
             if not sequence.was_started:
@@ -217,7 +216,9 @@ class Scheduler:
         A row that would more than double a group's rectangle does not join it: left padding would eat the memory.
         """
         if self._budget.batchable:
-            for group in sorted(self._groups.values(), key=lambda group: _area(group.shape(num_tokens)) - _area(group.shape())):
+            for group in sorted(
+                self._groups.values(), key=lambda group: _area(group.shape(num_tokens)) - _area(group.shape())
+            ):
                 doubles = _area(group.shape(num_tokens)) > 2 * _area(group.shape())
                 if not doubles and self._fits_with(group.group_id, group.shape(num_tokens)):
                     return group
@@ -232,7 +233,10 @@ class Scheduler:
     def _make_room_to_grow(self, group: Group) -> None:
         """Reserve more for rows that outgrow their share; where there is no more, the youngest step back."""
         for sequence in list(group.rows):
-            if sequence.status is not SequenceStatus.RUNNING or sequence.num_computed_tokens < sequence.num_reserved_tokens:
+            if (
+                sequence.status is not SequenceStatus.RUNNING
+                or sequence.num_computed_tokens < sequence.num_reserved_tokens
+            ):
                 continue
             most = min(sequence.max_length, self._max_sequence_length)
             wanted = min(most, sequence.num_reserved_tokens + GROWTH_TOKENS)

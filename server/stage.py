@@ -1,8 +1,8 @@
 """One rank's part of a step: change the caches as the frame says, run the layers, on the last rank sample.
 
-The same code on every rank and for every ring size. It evaluates what it returns, so that only evaluated arrays reach the
-data plane; it holds no policy and knows no neighbours. Rank 0's engine and the other ranks' worker loop call it from
-their one compute thread.
+The same code on every rank and for every ring size. It evaluates what it returns, so that only evaluated arrays reach
+the data plane; it holds no policy and knows no neighbours. Rank 0's engine and the other ranks' worker loop call it
+from their one compute thread.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import mlx.core as mx
 from distributed.shard.message import pack_message, unpack_message
 from distributed.shard.stage_model import StageModel
 from server.frame import Admit, Frame, Header, Leave, ResultHeader, StepHeader
-from server.kv_cache import KVCacheStore, measure_cost
 from server.kv_budget import RankCost
+from server.kv_cache import KVCacheStore, measure_cost
 from server.sampler import Sampler
 
 

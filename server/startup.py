@@ -19,6 +19,7 @@ import mlx.core as mx
 import msgspec
 
 from config import ConfigError, Settings
+from distributed.builtin_model import resolve_form
 from distributed.errors import DistributedError, HandshakeError, RingError
 from distributed.handshake import Introduction, meet
 from distributed.memory import check_fits, plan_stages, rank_memory_limit_bytes
@@ -112,6 +113,8 @@ class _RankStart:
             pipeline.on_reports = self._send_progress
 
     def start(self, configured: dict[str, Any]) -> NoReturn:
+        if configured:  # the embedded model has two forms; a Mac and a Linux machine would choose differently
+            configured = configured | {"model_repo": resolve_form(configured["model_repo"])}
         settings = Settings.from_ranks(self._lap("agree on the settings", lambda: configured, dict[str, Any])[0])
         logging.getLogger().setLevel(settings.log_level)
         local_ranks = int(os.environ.get("MLX_RING_LOCAL_RANKS", "1"))
@@ -232,7 +235,9 @@ class _RankStart:
         except (OSError, RuntimeError, ValueError) as error:  # a download, a full disk, MLX's allocation failure
             logger.exception("could not %s", doing)
             outcome = Outcome(error=f"could not {doing}: {error}")
-        outcomes = [msgspec.json.decode(record, type=Outcome) for record in self._pipeline.lap(msgspec.json.encode(outcome))]
+        outcomes = [
+            msgspec.json.decode(record, type=Outcome) for record in self._pipeline.lap(msgspec.json.encode(outcome))
+        ]
         for rank, other in enumerate(outcomes):
             if other.error is not None:
                 raise StartError(f"{self._name(rank)}: {other.error}", other.permanent)

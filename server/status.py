@@ -1,4 +1,6 @@
-"""What one rank says of itself each second: its part of /health. Filled in as start-up goes on, read by the heartbeat."""
+"""What one rank says of itself each second: its part of /health. Filled in as start-up goes on, read by the
+heartbeat.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ class RankStatus:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.host = socket.gethostname()
-        self.layers = (0, 0)
+        self.layers: tuple[int, int] = (0, 0)
         self.kv_cache_bytes_limit = 0
         self.kv_cache_bytes: Callable[[], int] = int
         self.state = "starting"

@@ -1,4 +1,6 @@
-"""The compute loop of ranks 1 to P-1: take a frame, run the stage, pass on. It ends with the process (`distributed.fatal`)."""
+"""The compute loop of ranks 1 to P-1: take a frame, run the stage, pass on. It ends with the process
+(`distributed.fatal`).
+"""
 
 from __future__ import annotations
 
