@@ -1,0 +1,94 @@
+"""The embedded model over rings of 1, 2 and 3 processes says what mlx_lm's own generate says on the unsplit model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+from distributed.model_files import prepare_model
+from tests.ring_harness import ROOT, RingUnderTest, python, running_ring
+
+pytestmark = pytest.mark.ring
+
+MAX_TOKENS = 20
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a haiku about the sea.",
+    "Explain gravity to a child.",
+    "List three colours.",
+    "Who wrote Hamlet?",
+    "Count from one to ten.",
+    "What is 12 times 12?",
+    "Name a fruit and say what it tastes like.",
+    "Translate 'good morning' into Spanish.",
+    "Why is the sky blue?",
+    "Write a limerick about a cat.",
+    "What is photosynthesis?",
+    "Give me a recipe for pancakes.",
+    "How many legs does a spider have?",
+    "Summarise this in one sentence: " + "The river rose in the night and took the bridge. " * 12,
+    "def fibonacci(n):",
+    "What comes after Monday?",
+    "Describe a rainbow.",
+    "Is water wet?",
+    "Tell me a joke about programmers.",
+]
+
+
+@dataclass(frozen=True)
+class Reference:
+    folder: Path
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    stop_token_ids: list[int]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    folder = prepare_model("builtin-f32", ROOT)
+    tokenizer = load_tokenizer(folder)
+    prompts = [
+        list(tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True))
+        for question in QUESTIONS
+    ]
+    output = python("-m", "tests.server.reference", str(folder), str(MAX_TOKENS), stdin=json.dumps(prompts))
+    return Reference(folder, prompts, **json.loads(output.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3], ids="P={}".format)
+def ring(request: pytest.FixtureRequest, reference: Reference):
+    with running_ring(reference.folder, request.param, prefill_chunk_tokens=64) as ring:
+        ring.wait_ready()
+        yield ring
+
+
+def ask(ring: RingUnderTest, reference: Reference, indices: list[int], name: str) -> list[list[int]]:
+    names = [f"{name}-{index}" for index in indices]
+    for index, request_id in zip(indices, names, strict=True):
+        ring.submit(request_id, reference.prompts[index], MAX_TOKENS, stop_token_ids=reference.stop_token_ids)
+    tokens = ring.collect(*names)
+    return [tokens[request_id] for request_id in names]
+
+
+def test_20_prompts_one_after_the_other(ring: RingUnderTest, reference: Reference):
+    for index, answer in enumerate(reference.answers):
+        assert ask(ring, reference, [index], "alone") == [answer], QUESTIONS[index]
+
+
+def test_20_prompts_8_at_once(ring: RingUnderTest, reference: Reference):
+    for start in range(0, 20, 8):
+        indices = [index % 20 for index in range(start, start + 8)]
+        assert ask(ring, reference, indices, f"from-{start}") == [reference.answers[index] for index in indices]
+
+
+def test_each_rank_holds_its_share_and_loading_never_held_much_more(reference: Reference):
+    """LAYER_SPLIT halves the layers: what a rank holds beyond that is the embeddings (both ends: they are tied)."""
+    layer_bytes, embedding_bytes = 14_162_688, 49152 * 576 * 4
+    with running_ring(reference.folder, 2, layer_split="15,15") as ring:
+        for info in ring.wait_ready().ranks:
+            assert abs(info.memory_bytes - 15 * layer_bytes - embedding_bytes) < 2_000_000
+            assert info.peak_memory_bytes < 1.3 * info.memory_bytes
