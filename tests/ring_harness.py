@@ -57,7 +57,9 @@ def free_ports(count: int) -> int:
 
 
 class RingUnderTest:
-    """A running ring; `messages` are all that came from rank 0 so far, but for the stats, of which `stats` is the last."""
+    """A running ring; `messages` are all that came from rank 0 so far, but for the stats, of which `stats` is the
+    last.
+    """
 
     def __init__(self, connection: socket.socket, launcher: subprocess.Popen[bytes], log: Path) -> None:
         self.launcher = launcher

@@ -6,6 +6,7 @@ those). What comes out must be what the model says to each prompt alone.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import mlx.core as mx
@@ -44,7 +45,7 @@ class Ring:
     def __init__(self, architecture: str, size: int) -> None:
         num_layers = len(build(architecture).layers)
         bounds = [num_layers * rank // size for rank in range(size + 1)]
-        ranges = [LayerRange(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+        ranges = [LayerRange(start, end) for start, end in itertools.pairwise(bounds)]
         self.stages = [Stage(StageModel(build(architecture), layer_range)) for layer_range in ranges]
         self.budget = KVBudget([stage.cache_cost for stage in self.stages], 64 * MIB)
 
