@@ -36,10 +36,12 @@ class KVCacheStore:
 
     Args:
         make_caches: fresh caches for one sequence, one entry a cache the stage owns.
+        can_batch: whether the model runs on batched caches; where not, each group is one sequence's own caches.
     """
 
-    def __init__(self, make_caches: Callable[[], list[Cache]]) -> None:
+    def __init__(self, make_caches: Callable[[], list[Cache]], *, can_batch: bool = True) -> None:
         self._make_caches = make_caches
+        self._can_batch = can_batch
         self._sequences: dict[int, Batch] = {}  # admitted, not in a group yet
         self._groups: dict[int, Batch] = {}
         self.num_bytes = 0  # as of the last frame; read by the heartbeat
@@ -78,8 +80,8 @@ class KVCacheStore:
 
     def _join(self, group_id: int, joining: list[Batch]) -> None:
         group = self._groups.get(group_id)
-        if group is None and len(joining) == 1 and not all(map(can_batch, joining[0].caches)):
-            self._groups[group_id] = joining[0]
+        if not (self._can_batch and all(map(is_mergeable, joining[0].caches))):
+            (self._groups[group_id],) = joining
             return
         if group is None:
             group = self._groups[group_id] = Batch([None] * len(joining[0].caches), [], [])
@@ -114,15 +116,15 @@ class KVCacheStore:
         mx.clear_cache()
 
 
-def can_batch(cache: Cache) -> bool:
+def is_mergeable(cache: Cache) -> bool:
     """True if mlx-lm can merge caches of this kind into one batch (not so for llama4's ChunkedKVCache)."""
-    return all(map(can_batch, cache.caches)) if isinstance(cache, CacheList) else hasattr(cache, "merge")
+    return all(map(is_mergeable, cache.caches)) if isinstance(cache, CacheList) else hasattr(cache, "merge")
 
 
-def measure_cost(caches: list[Cache]) -> RankCost:
+def measure_cost(caches: list[Cache], *, can_batch: bool = True) -> RankCost:
     """What one sequence costs, read off the shapes of `caches` that one token has passed through, evaluated or not."""
     costs = [cost for cache in caches for cost in _costs(cache)]
-    return RankCost(costs, batchable=all(map(can_batch, caches)))
+    return RankCost(costs, batchable=can_batch and all(map(is_mergeable, caches)))
 
 
 def _costs(cache: Cache) -> list[CacheCost]:

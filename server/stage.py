@@ -28,9 +28,9 @@ class Stage:
 
     def __init__(self, model: StageModel) -> None:
         self._model = model
-        self.caches = KVCacheStore(model.make_cache)
+        self.caches = KVCacheStore(model.make_cache, can_batch=model.can_batch)
         dry_output, dry_caches = model.dry_run()
-        self.cache_cost: RankCost = measure_cost(dry_caches)
+        self.cache_cost: RankCost = measure_cost(dry_caches, can_batch=model.can_batch)
         self._sampler = Sampler(dry_output.shape[-1]) if model.is_last else None
 
     def run(self, header: StepHeader, arrays: Sequence[mx.array]) -> tuple[Header, list[mx.array]]:

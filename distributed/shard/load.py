@@ -89,7 +89,8 @@ def _as_model_errors(info: ModelInfo, doing: str) -> Iterator[None]:
         yield
     except DistributedError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, OSError) as error:
+    # SystemExit: mlx_lm.models.olmo ends the interpreter where its package is missing.
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, OSError, SystemExit) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"mlx-lm cannot {doing} the model in {info.path} (model_type {info.model_type}): {reason}"

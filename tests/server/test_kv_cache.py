@@ -10,7 +10,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache,
 from server.errors import DisagreementError
 from server.frame import Admit, Frame, Join, Leave, Row
 from server.kv_budget import CacheCost
-from server.kv_cache import KVCacheStore, can_batch, measure_cost
+from server.kv_cache import KVCacheStore, is_mergeable, measure_cost
 from server.protocol import SamplingParams
 
 NUM_LAYERS = 6
@@ -177,5 +177,5 @@ def test_costs_of_windows_states_and_lists():
 
 
 def test_a_chunked_cache_makes_groups_of_one():
-    assert not can_batch(ChunkedKVCache(64)) and not can_batch(CacheList(KVCache(), ChunkedKVCache(64)))
-    assert can_batch(KVCache()) and can_batch(RotatingKVCache(max_size=8)) and can_batch(ArraysCache(1))
+    assert not is_mergeable(ChunkedKVCache(64)) and not is_mergeable(CacheList(KVCache(), ChunkedKVCache(64)))
+    assert is_mergeable(KVCache()) and is_mergeable(RotatingKVCache(max_size=8)) and is_mergeable(ArraysCache(1))

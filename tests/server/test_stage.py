@@ -22,7 +22,7 @@ from server.scheduler import Scheduler
 from server.stage import Stage
 from tests.distributed.tiny_models import build
 
-ARCHITECTURES = ["llama", "gemma3_text", "gpt_oss", "deepseek_v3", "mamba2", "qwen3_next", "llama4_text"]
+ARCHITECTURES = ["llama", "gemma3_text", "gpt_oss", "deepseek_v3", "mamba2", "qwen3_next", "llama4_text", "gemma2"]
 PROMPTS = {"a": [5, 6, 7], "b": list(range(1, 31)), "c": [9], "d": [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]}
 MAX_TOKENS = {"a": 12, "b": 5, "c": 9, "d": 7}
 
