@@ -19,7 +19,7 @@ def main(folder: str) -> None:
     from mlx_lm import load
     from mlx_lm.generate import BatchGenerator
 
-    model, _ = load(folder)
+    model = load(folder)[0]
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         work = json.loads(line)

@@ -112,6 +112,8 @@ class Settings(BaseSettings):
             entries = json.loads(Path(self.hostfile).read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.hostfile} cannot be read as JSON ({error})") from error
+        if isinstance(entries, dict):  # as mlx.launch writes it: {"backend": …, "envs": […], "hosts": […]}
+            entries = entries.get("hosts")
         if not isinstance(entries, list) or not entries:
             raise ConfigError(f"{self.hostfile} must hold a JSON list with one entry a rank, as mlx.launch takes it")
         return len(entries)

@@ -21,7 +21,7 @@ from distributed.partition import LayerRange, explicit_split, split_layers
 MIB = 2**20
 # Of a Mac's memory, the GPU may keep about this much wired by default. From Apple's description of
 # recommendedMaxWorkingSetSize and users' reports; not measured here. Used only where mlx cannot be asked.
-_MACOS_SHARE = 0.7
+MACOS_SHARE = 0.7
 
 
 def total_memory_bytes() -> int:
@@ -34,7 +34,7 @@ def total_memory_bytes() -> int:
         return total
     mx = sys.modules.get("mlx.core")
     recommended = mx.device_info().get("max_recommended_working_set_size") if mx is not None else None
-    return int(recommended or total * _MACOS_SHARE)
+    return int(recommended or total * MACOS_SHARE)
 
 
 def available_memory_bytes() -> int:

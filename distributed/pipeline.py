@@ -99,7 +99,7 @@ class Pipeline:
         return everyone.records
 
     def close(self, timeout_s: float) -> None:
-        """Rank 0: tell every rank to end, and wait until the word has gone round. The other ranks exit by themselves."""
+        """Rank 0: tell every rank to end, and wait until the word has gone round. The others exit by themselves."""
         self._is_closing.set()
         if self._right is not None:
             self._right.send(Goodbye())

@@ -18,7 +18,7 @@ from server.frame import ResultHeader, StepHeader, decode_header, encode_header
 from server.protocol import Cancel, SequenceOutput, Shutdown, Stats, StepOutput, Submit
 from server.scheduler import Scheduler, Step
 from server.stage import Stage
-from server.status import decode_reports
+from server.status import READY, decode_reports
 
 _GOODBYE_TIMEOUT_S = 5.0
 
@@ -106,9 +106,12 @@ class Engine:
 
     def send_stats(self, reports: list[bytes]) -> None:
         """Called by the heartbeat with every rank's state, once a second."""
+        ranks = decode_reports(reports)
+        if any(info.state != READY for info in ranks):  # said before the ring was ready, and still on its way round
+            return
         self._api.send(
             Stats(
-                ranks=decode_reports(reports),
+                ranks=ranks,
                 num_running=self._scheduler.num_running,
                 num_waiting=self._scheduler.num_waiting,
                 num_frames_in_flight=self._scheduler.num_frames_in_flight,

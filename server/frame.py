@@ -59,8 +59,7 @@ class Frame(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class StepHeader(msgspec.Struct, tag="step", frozen=True):
-    """Header of a frame on its way down the ring. Tensors: token ids (rows, tokens), then the stage message's arrays.
-    """
+    """Header of a frame on its way down the ring. Tensors: token ids (rows, tokens), then the message's arrays."""
 
     frame: Frame
     message: Any = None  # structure of the upstream stage's output, see distributed.shard

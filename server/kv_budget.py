@@ -24,8 +24,7 @@ def blocks(num_tokens: int) -> int:
 
 
 class CacheCost(msgspec.Struct, frozen=True):
-    """Bytes of one cached entry: so many a token, up to `window` tokens (None: no end), and `fixed_bytes` a sequence.
-    """
+    """Bytes of one cache: so many a token, up to `window` tokens (None: no end), and `fixed_bytes` a sequence."""
 
     bytes_per_token: int
     window: int | None = None

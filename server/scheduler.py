@@ -103,8 +103,7 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request; its slot and caches are free from the next frame on. Unknown ids are fine: it just ended.
-        """
+        """Forget a request; its slot and caches are free with the next frame. Unknown ids are fine: it just ended."""
         if (sequence := self._by_request.get(request_id)) is not None:
             self._finish(sequence)
 

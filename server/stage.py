@@ -77,8 +77,7 @@ class Stage:
                         self._sampler.forget(sequence_id)
 
     def _sample(self, frame: Frame, token_ids: mx.array, logits: mx.array) -> list[mx.array]:
-        """The next token of each row of a decode frame, (rows,); nothing for a prefill frame, whose logits stay lazy.
-        """
+        """The next token of each row of a decode frame, (rows,); nothing for a prefill frame: its logits stay lazy."""
         assert self._sampler is not None
         sequence_ids = [row.sequence_id for row in frame.rows]
         if self._sampler.wants_tokens(sequence_ids):

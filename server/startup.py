@@ -35,7 +35,7 @@ from server.kv_budget import MIB, KVBudget, RankCost
 from server.protocol import Failed, Progress, RankInfo, Ready
 from server.scheduler import Scheduler
 from server.stage import Stage
-from server.status import RankStatus, decode_reports
+from server.status import READY, RankStatus, decode_reports
 from server.warm_up import warm_up
 from server.worker import run_worker
 
@@ -130,7 +130,7 @@ class _RankStart:
         self._status.kv_cache_bytes = lambda: self._stage.caches.num_bytes
         self._status.kv_cache_bytes_limit = budget.bytes_limit(self._ring.rank)
         ranks = self._lap("tell what each rank holds", self._status.info, RankInfo)
-        self._status.state = "ready"
+        self._status.state = READY
         if self._api is None:
             run_worker(self._stage, self._pipeline)
         self._tell("run a first token through the ring")
@@ -154,7 +154,7 @@ class _RankStart:
             vocab_size=self._info.vocab_size,
             max_sequence_length=max_length,
         )
-        self._status.state = "ready"
+        self._status.state = READY
         ready = Ready(
             model_path=str(self._info.path),
             max_sequence_length=max_length,

@@ -13,6 +13,8 @@ import msgspec
 
 from server.protocol import RankInfo
 
+READY = "ready"
+
 
 class RankStatus:
     """The mutable facts behind `RankInfo`; numbers are read from MLX when asked."""

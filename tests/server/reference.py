@@ -16,7 +16,7 @@ def main(folder: str, max_tokens: int) -> None:
     from mlx_lm import load
     from mlx_lm.generate import generate_step
 
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder)[:2]
     answers = []
     for prompt in json.load(sys.stdin):
         tokens: list[int] = []

@@ -20,7 +20,7 @@ def sampler_with(*params: SamplingParams, prompt: tuple[int, ...] = (1, 2)) -> S
 
 def draw(sampler: Sampler, logits: np.ndarray, positions: list[int] | None = None) -> list[int]:
     rows = list(range(len(logits)))
-    return sampler.sample(mx.array(logits.astype(np.float32)), rows, positions or [2] * len(rows)).tolist()
+    return sampler.sample(mx.array(logits.astype(np.float32)), rows, positions or [2] * len(rows)).tolist()  # type: ignore[return-value]
 
 
 def random_logits(rows: int, seed: int = 0) -> np.ndarray:
@@ -106,11 +106,15 @@ def test_repetition_penalty_counts_prompt_and_output_and_knows_the_sign(sign):
     assert draw(sampler_with(SamplingParams(temperature=0)), logits[None]) == [1]
 
 
-@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
-def test_presence_and_frequency_penalties_count_the_output_only(name):
+PRESENCE = SamplingParams(temperature=0, presence_penalty=0.5)
+FREQUENCY = SamplingParams(temperature=0, frequency_penalty=0.5)
+
+
+@pytest.mark.parametrize("params", [PRESENCE, FREQUENCY])
+def test_presence_and_frequency_penalties_count_the_output_only(params):
     logits = np.zeros(VOCAB)
     logits[1], logits[4], logits[5] = 1.0, 0.9, 0.8
-    sampler = sampler_with(SamplingParams(temperature=0, **{name: 0.5}))
+    sampler = sampler_with(params)
     assert draw(sampler, logits[None]) == [1]  # token 1 was in the prompt: not counted
     sampler.observe(0, [1])
     assert draw(sampler, logits[None]) == [4]
@@ -121,8 +125,8 @@ def test_presence_and_frequency_penalties_count_the_output_only(name):
 def test_frequency_penalty_grows_with_each_repetition_and_presence_does_not():
     logits = np.zeros(VOCAB)
     logits[1], logits[4] = 1.0, 0.1
-    for name, expected in (("presence_penalty", 1), ("frequency_penalty", 4)):
-        sampler = sampler_with(SamplingParams(temperature=0, **{name: 0.5}))
+    for params, expected in ((PRESENCE, 1), (FREQUENCY, 4)):
+        sampler = sampler_with(params)
         sampler.observe(0, [1, 1])
         assert draw(sampler, logits[None]) == [expected]
 

@@ -14,8 +14,9 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from distributed.partition import LayerRange
+from distributed.shard.hooks import decoder_layers
 from distributed.shard.stage_model import StageModel
-from server.frame import ResultHeader, StepHeader, decode_header, encode_header
+from server.frame import Admit, ResultHeader, StepHeader, decode_header, encode_header
 from server.kv_budget import MIB, KVBudget
 from server.protocol import SamplingParams, Submit
 from server.scheduler import Scheduler
@@ -31,10 +32,10 @@ def alone(architecture: str, prompt: list[int], max_tokens: int) -> list[int]:
     model: Any = build(architecture)
     cache = make_prompt_cache(model)
     tokens: list[int] = []
-    ids = prompt
+    ids: Any = prompt
     for _ in range(max_tokens):
         logits = model(mx.array([ids]), cache=cache)
-        ids = [int(mx.argmax(logits[0, -1]).item())]
+        ids = mx.argmax(logits[:, -1], axis=-1).tolist()
         tokens += ids
     return tokens
 
@@ -43,7 +44,7 @@ class Ring:
     """The stages of `size` ranks, one after the other."""
 
     def __init__(self, architecture: str, size: int) -> None:
-        num_layers = len(build(architecture).layers)
+        num_layers = len(decoder_layers(build(architecture)))
         bounds = [num_layers * rank // size for rank in range(size + 1)]
         ranges = [LayerRange(start, end) for start, end in itertools.pairwise(bounds)]
         self.stages = [Stage(StageModel(build(architecture), layer_range)) for layer_range in ranges]
@@ -103,7 +104,7 @@ def test_a_preempted_request_says_what_it_would_have_said(monkeypatch: pytest.Mo
     original = Stage.run
 
     def watched(self: Stage, header: StepHeader, arrays: Any) -> Any:
-        admitted.extend(op.sequence_id for op in header.frame.operations if hasattr(op, "num_prompt_tokens"))
+        admitted.extend(op.sequence_id for op in header.frame.operations if isinstance(op, Admit))
         return original(self, header, arrays)
 
     monkeypatch.setattr(Stage, "run", watched)

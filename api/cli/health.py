@@ -1,0 +1,67 @@
+"""What the running server says of itself: GET /health, and the lines in which the commands show it.
+
+Only reads. Called by start, which waits on it, and by status.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from config import Settings
+
+Health = dict[str, Any]
+
+_ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def base_url(settings: Settings) -> str:
+    """Where a client on this machine reaches the server."""
+    host = _ANYWHERE.get(settings.api_host, settings.api_host)
+    return f"http://[{host}]:{settings.api_port}" if ":" in host else f"http://{host}:{settings.api_port}"
+
+
+def fetch_health(settings: Settings, timeout_s: float = 5.0) -> Health | None:
+    """The body of /health, whatever its status code; None where nothing of ours answers."""
+    # A proxy of the environment must not get in between.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{base_url(settings)}/health", timeout=timeout_s) as answer:
+            body = answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            body = error.read()
+    except OSError:
+        return None
+    try:
+        health = json.loads(body)
+    except ValueError:
+        return None
+    return health if isinstance(health, dict) and "status" in health else None
+
+
+def rank_lines(ranks: list[dict[str, Any]]) -> list[str]:
+    """A table of what each rank holds."""
+    if not ranks:
+        return []
+    rows: list[tuple[str, ...]] = [("rank", "host", "pid", "layers", "memory", "KV cache", "of at most")]
+    for rank in ranks:
+        start, end = rank["layers"]
+        sizes = (format_bytes(rank[key]) for key in ("memory_bytes", "kv_cache_bytes", "kv_cache_bytes_limit"))
+        rows.append((str(rank["rank"]), rank["host"], str(rank["pid"]), f"[{start}, {end})", *sizes))
+    return table(rows)
+
+
+def table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def format_bytes(size_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.0f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.1f} GiB"

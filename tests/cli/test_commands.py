@@ -1,0 +1,268 @@
+"""launch.sh as people use it: real servers of a tiny model, in a folder with a space in its path."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launched_project import LaunchedProject, clean_environment
+
+pytestmark = pytest.mark.ring
+
+
+@pytest.fixture(scope="module")
+def served(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LaunchedProject, str]]:
+    """A project that was started from another folder, and what start printed."""
+    project = new_project(tmp_path_factory.mktemp("cli"), tiny_chat_model)
+    started = project.launch("start", cwd=Path("/"))
+    assert started.returncode == 0, started.stdout
+    yield project, started.stdout
+    project.launch("stop")
+    project.end()
+
+
+@pytest.fixture
+def project(tiny_chat_model: Path, tmp_path: Path) -> Iterator[LaunchedProject]:
+    """A project that does not run yet."""
+    made = new_project(tmp_path, tiny_chat_model)
+    yield made
+    made.end()
+
+
+def new_project(folder: Path, model: Path, **keys: object) -> LaunchedProject:
+    return LaunchedProject(
+        folder / "a project's folder",
+        MODEL_REPO=f'"{model}"',
+        MODEL_NAME="tiny",
+        KV_CACHE_RESERVED_MEMORY_MB=64,
+        SHUTDOWN_GRACE_S=2,
+        **keys,
+    )
+
+
+# -- a server that runs ----------------------------------------------------------------------------------------------
+
+
+def test_start_prints_the_url_and_what_each_rank_holds(served: tuple[LaunchedProject, str]):
+    project, printed = served
+    assert f"ready: tiny at http://127.0.0.1:{project.keys['API_PORT']}/v1" in printed
+    assert re.search(r"^0 .* \[0, \d+\)", printed, re.MULTILINE)
+    assert re.search(r"^1 .* \[\d+, \d+\)", printed, re.MULTILINE)
+
+
+def test_the_curl_line_that_start_prints_works(served: tuple[LaunchedProject, str]):
+    _, printed = served
+    line = printed[printed.index("curl ") :].strip()
+    if not any(Path(folder, "curl").exists() for folder in os.environ["PATH"].split(os.pathsep)):
+        pytest.skip("needs curl")
+    answer = subprocess.run(["bash", "-c", line + " -sS --noproxy '*'"], capture_output=True, text=True, check=True)
+    assert '"choices"' in answer.stdout, answer.stdout
+
+
+def test_a_second_start_says_it_runs_already(served: tuple[LaunchedProject, str]):
+    project, _ = served
+    before = {process.pid for process in project.processes()}
+    again = project.launch("start")
+    assert again.returncode == 0 and "already running" in again.stdout
+    assert {process.pid for process in project.processes()} == before
+
+
+def test_status_shows_ranks_layers_memory_and_requests(served: tuple[LaunchedProject, str]):
+    project, _ = served
+    shown = project.launch("status")
+    assert shown.returncode == 0
+    for wanted in ("ready", "tiny", "uptime", "0 running, 0 waiting", "64 MiB", "[0, "):
+        assert wanted in shown.stdout
+
+
+def test_the_script_works_through_a_link(served: tuple[LaunchedProject, str], tmp_path: Path):
+    project, _ = served
+    (tmp_path / "server").symlink_to(project.root / "launch.sh")
+    shown = subprocess.run(
+        [tmp_path / "server", "status"],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.startswith("ready")
+
+
+def test_logs_follow_the_file_across_rotation(served: tuple[LaunchedProject, str]):
+    project, _ = served
+    log = project.root / "server.log"
+    argv = [str(project.root / "launch.sh"), "logs", "-n", "1"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as follower:
+        assert follower.stdout is not None
+        os.set_blocking(follower.stdout.fileno(), True)
+        assert follower.stdout.readline()
+        log.rename(project.root / "server.log.1")
+        log.write_text("after the rotation\n")
+        try:
+            assert follower.stdout.readline() == "after the rotation\n"
+        finally:
+            follower.terminate()
+            (project.root / "server.log.1").replace(log)
+
+
+def test_a_mistake_in_dotenv_does_not_end_the_running_server_on_restart(served: tuple[LaunchedProject, str]):
+    project, _ = served
+    before = {process.pid for process in project.processes()}
+    again = project.launch("restart", keys={"API_PORT": "many"})
+    assert again.returncode == 1 and "API_PORT" in again.stdout
+    assert {process.pid for process in project.processes()} == before
+
+
+def test_the_server_outlives_the_terminal_it_was_started_from(served: tuple[LaunchedProject, str]):
+    project, _ = served
+    (api,) = [process for process in project.processes() if process.info["cmdline"][1:3] == ["-m", "api"]]
+    assert os.getsid(api.pid) == api.pid, "a session of its own"
+
+
+def test_restart_applies_dotenv(served: tuple[LaunchedProject, str]):
+    project, _ = served
+    project.write_dotenv(MODEL_NAME="renamed", RING_SIZE=1)
+    try:
+        again = project.launch("restart")
+        assert again.returncode == 0 and "ready: renamed" in again.stdout
+        assert len(project.ranks()) == 1
+    finally:
+        project.write_dotenv(MODEL_NAME="tiny", RING_SIZE=2)
+
+
+# -- plans and mistakes, without a server ----------------------------------------------------------------------------
+
+
+def test_plan_shows_what_would_run_where_and_starts_nothing(project: LaunchedProject):
+    planned = project.launch("plan")
+    assert planned.returncode == 0 and planned.stdout.count("fits") == 2, planned.stdout
+    too_much = project.launch("plan", keys={"KV_CACHE_RESERVED_MEMORY_MB": "100000000"})
+    assert too_much.returncode == 1 and "DOES NOT FIT" in too_much.stdout and "KV_CACHE_RESERVED" in too_much.stdout
+    assert project.processes() == []
+
+
+def test_commands_work_when_nothing_runs(project: LaunchedProject):
+    status = project.launch("status")
+    assert status.returncode == 3 and "not running" in status.stdout
+    stop = project.launch("stop")
+    assert stop.returncode == 0 and "not running" in stop.stdout
+    logs = project.launch("logs")
+    assert logs.returncode == 1 and "./launch.sh start" in logs.stdout
+    workers = project.launch("workers")
+    assert workers.returncode == 0 and "WORKER_HOSTS" in workers.stdout
+    wrong = project.launch("begin")
+    assert wrong.returncode == 2 and "no command 'begin'" in wrong.stdout and "usage" in wrong.stdout
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"RING_SIZE": "two"}, "RING_SIZE"),
+        ({"MODEL_REPO": "/no/such/folder"}, "MODEL_REPO=/no/such/folder"),
+        ({"LAYER_SPLIT": "1,2"}, "LAYER_SPLIT"),
+        ({"KV_CACHE_RESERVED_MEMORY_MB": "100000000"}, "KV_CACHE_RESERVED_MEMORY_MB"),
+        ({"HOSTFILE": "/no/such/file"}, "HOSTFILE"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_start_that_fails_says_why_and_leaves_nothing(project: LaunchedProject, keys: dict[str, str], message: str):
+    started = project.launch("start", keys=keys)
+    assert started.returncode == 1 and message in started.stdout, started.stdout
+    assert project.processes() == []
+
+
+def test_a_port_in_use_is_named_with_the_key_to_change(project: LaunchedProject):
+    with socket.create_server(("127.0.0.1", int(str(project.keys["API_PORT"])))):
+        started = project.launch("start")
+    assert started.returncode == 1
+    assert f"API_PORT={project.keys['API_PORT']}" in started.stdout and f"process {os.getpid()}" in started.stdout
+    assert project.processes() == []
+
+
+def test_a_ring_port_in_use_is_named(project: LaunchedProject):
+    port = int(str(project.keys["RING_PORT"])) + 1
+    with socket.create_server(("127.0.0.1", port)):
+        started = project.launch("start")
+    assert started.returncode == 1 and str(port) in started.stdout and "RING_PORT" in started.stdout, started.stdout
+    assert project.processes() == []
+
+
+def test_start_writes_dotenv_from_the_example_once(project: LaunchedProject):
+    (project.root / ".env").unlink()
+    (project.root / ".env.example").write_text("MODEL_REPO=/no/such/folder  # wrong on purpose\n")
+    first = project.launch("start")
+    assert "wrote .env" in first.stdout and (project.root / ".env").read_text().startswith("MODEL_REPO")
+    assert "wrote .env" not in project.launch("start").stdout
+
+
+# -- the end of a server that went wrong -----------------------------------------------------------------------------
+
+
+def test_stop_ends_everything_also_when_every_process_hangs(project: LaunchedProject):
+    assert project.launch("start").returncode == 0
+    for process in project.processes():
+        process.suspend()
+    stopped = project.launch("stop")
+    assert stopped.returncode == 0 and "stopped" in stopped.stdout, stopped.stdout
+    assert project.processes() == []
+
+
+def test_stop_ends_ranks_that_a_crash_left(project: LaunchedProject):
+    """The ranks of a dead api end by themselves; here they cannot."""
+    assert project.launch("start").returncode == 0
+    ranks = project.ranks()
+    for rank in ranks:
+        rank.suspend()
+    for process in project.processes():
+        if process not in ranks:
+            process.kill()
+    assert project.launch("status").returncode == 3
+    assert "earlier run are left" in project.launch("status").stdout
+    assert project.launch("stop").returncode == 0
+    assert project.processes() == []
+
+
+def test_start_after_a_crash_ends_what_is_left_and_serves(project: LaunchedProject):
+    assert project.launch("start").returncode == 0
+    ranks = project.ranks()
+    ranks[1].suspend()
+    for process in project.processes():
+        if process not in ranks:
+            process.kill()
+    again = project.launch("start")
+    assert again.returncode == 0 and "earlier run left" in again.stdout, again.stdout
+    assert not {rank.pid for rank in ranks} & {rank.pid for rank in project.ranks()}
+    assert project.launch("stop").returncode == 0
+
+
+def test_an_interrupted_start_leaves_nothing(project: LaunchedProject):
+    argv = [str(project.root / "launch.sh"), "start"]
+    with subprocess.Popen(argv, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as starting:
+        deadline = time.monotonic() + 60
+        while not project.ranks():
+            assert time.monotonic() < deadline and starting.poll() is None
+            time.sleep(0.05)
+        starting.send_signal(signal.SIGINT)
+        assert starting.wait(60) == 130
+    assert project.processes() == []
+
+
+def test_two_starts_at_once_make_one_server(project: LaunchedProject):
+    argv = [str(project.root / "launch.sh"), "start"]
+    starts = [
+        subprocess.Popen(argv, env=clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
+    assert [start.wait(120) for start in starts] == [0, 0]
+    assert len([p for p in project.processes() if p.info["cmdline"][1:3] == ["-m", "api"]]) == 1
+    assert project.health()["status"] == "ready"
+    assert project.launch("stop").returncode == 0
+    assert psutil.pid_exists(os.getpid()) and project.processes() == []
