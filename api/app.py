@@ -1,0 +1,77 @@
+"""The HTTP application: routes, middleware, and every error in OpenAI's form.
+
+Whatever goes wrong leaves through `api.errors`, FastAPI's own answers (404, 405, 422) included. It starts nothing: the
+supervisor and the engine client come ready made from the entry point, or from a test.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.engine_client import EngineClient
+from api.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound, error_response, http_status
+from api.middleware import ApiKeyCheck, ErrorBoundary, RequestId
+from api.routes import chat, health, models
+from api.service import Service
+from api.supervisor import Supervisor
+from config import Settings
+
+logger = logging.getLogger(__name__)
+
+EXPOSED_HEADERS = ["x-request-id", "x-ignored-fields", "retry-after"]
+
+
+def create_app(settings: Settings, engine: EngineClient, supervisor: Supervisor) -> FastAPI:
+    """The application that uvicorn serves."""
+    # The description at /docs comes with the rest of OpenAI's surface; a wrong one would be worse than none.
+    app = FastAPI(title="mlx-ring-server", openapi_url=None, redirect_slashes=False)
+    app.state.service = Service(settings, engine, supervisor)
+    for routes in (chat, models, health):
+        app.include_router(routes.router)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_exception)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    # Starlette puts the middleware added last outermost.
+    app.add_middleware(ErrorBoundary)
+    app.add_middleware(ApiKeyCheck, keys=settings.api_keys)
+    if settings.cors_allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_allow_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
+    app.add_middleware(RequestId)
+    return app
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    status = http_status(error)
+    level = logging.WARNING if status >= 500 else logging.INFO
+    logger.log(level, "%s %s: %d %s", request.method, request.url.path, status, error.message)
+    return error_response(error)
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own: no such path, or not this method."""
+    assert isinstance(error, HTTPException)
+    method, path = request.method, request.url.path
+    if error.status_code == 405:
+        allow = dict(error.headers or {})
+        if method == "OPTIONS":  # not a preflight, those end in the CORS middleware
+            return Response(status_code=204, headers=allow)
+        return error_response(MethodNotAllowed(f"Not allowed to {method} on {path}."), allow)
+    return error_response(NotFound(f"Invalid URL ({method} {path})"))
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    return error_response(InvalidRequest(f"Invalid request: {error}"))

@@ -1,0 +1,108 @@
+"""A request's body: read within its limit, and JSON without surprises.
+
+What Python's parser takes and JSON does not (NaN, Infinity), what silently loses data (a key given twice) and what
+breaks later (half a surrogate pair, a nesting without end) is refused here, so nothing behind this module meets it.
+Called by the routes that take a body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections import Counter
+from typing import Any, NoReturn
+
+from starlette.requests import Request
+
+from api.errors import BodyTimeout, BodyTooLarge, InvalidRequest, UnsupportedMediaType
+
+BODY_TIMEOUT_S = 60.0  # without a further byte
+DISCARD_S = 2.0  # how long the rest of a body that is too large is read, so that the client gets to read its 413
+MAX_MEMBERS = 10_000  # of one object; each one that is wrong would make an error of its own
+
+
+async def read_json_body(request: Request, max_bytes: int) -> bytes:
+    """The body, said to be JSON. Raises UnsupportedMediaType, BodyTooLarge, BodyTimeout and ClientDisconnect."""
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise UnsupportedMediaType(
+            f"Send the header 'Content-Type: application/json'; {media_type!r} is not supported."
+        )
+    declared = request.headers.get("content-length", "")
+    too_large = declared.isdecimal() and int(declared) > max_bytes
+    body = bytearray()
+    chunks = aiter(request.stream())
+    discard_until = time.monotonic() + DISCARD_S
+    while True:
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                chunk = await anext(chunks, None)
+        except TimeoutError:
+            raise BodyTimeout(f"No further byte of the request's body came within {BODY_TIMEOUT_S:.0f} s.") from None
+        if chunk is None or (too_large and time.monotonic() > discard_until):
+            break
+        body += chunk
+        if too_large or len(body) > max_bytes:
+            too_large = True
+            body.clear()
+    if too_large:
+        raise BodyTooLarge(f"The request's body is larger than {max_bytes} bytes (MAX_BODY_BYTES).")
+    return bytes(body)
+
+
+def parse_json_object(body: bytes) -> dict[str, Any]:
+    """The object of a JSON text; InvalidRequest says what is wrong with it."""
+    try:
+        value = json.loads(
+            body.decode("utf-8"),
+            parse_constant=_not_json,
+            parse_float=_finite,
+            object_pairs_hook=_members,
+        )
+        if b"\\u" in body:
+            _check_surrogates(value)
+    except RecursionError:
+        raise InvalidRequest("The request's body is nested too deeply.") from None
+    except UnicodeError:
+        raise InvalidRequest("The request's body is not valid Unicode (UTF-8 is expected).") from None
+    except ValueError as error:
+        raise InvalidRequest(f"We could not parse the JSON body of your request: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("The request's body must be a JSON object.")
+    return value
+
+
+def _not_json(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return number
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_MEMBERS:
+        raise ValueError(f"an object has more than {MAX_MEMBERS} members")
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice!r} is given twice")
+    return members
+
+
+def _check_surrogates(value: Any) -> None:
+    """Raises UnicodeEncodeError for half a surrogate pair, which no tokenizer takes."""
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, dict):
+        for name, member in value.items():
+            name.encode()
+            _check_surrogates(member)
+    elif isinstance(value, list):
+        for member in value:
+            _check_surrogates(member)

@@ -1,0 +1,87 @@
+"""One accepted request, as the api keeps it until its answer is complete.
+
+It holds all that is needed to send the request to a ring again (prompt and sampled ids, sampling parameters with their
+seed) and the moments its `performance` is made of. Changed by the engine client alone; the routes read it and take its
+outputs from a queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+from api.errors import ApiError
+from server.protocol import SamplingParams, SequenceOutput, Submit
+
+
+@dataclass(eq=False)
+class Generation:
+    """Times are those of the engine client's clock, in seconds."""
+
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    max_tokens: int
+    max_tokens_given: bool
+    stop_token_ids: list[int]
+    request_id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(16)}")
+    output_token_ids: list[int] = field(default_factory=list)
+    accepted_at: float = 0.0
+    progressed_at: float = 0.0
+    started_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    is_running: bool = False  # its prefill has begun on the ring that serves now
+    rings_lost: int = 0  # while this request was running
+    _outputs: asyncio.Queue[SequenceOutput | ApiError] = field(default_factory=asyncio.Queue)
+
+    def submit_message(self) -> Submit:
+        """The request as a ring gets it, the first time or again."""
+        return Submit(
+            request_id=self.request_id,
+            prompt_token_ids=self.prompt_token_ids,
+            sampling=self.sampling,
+            max_tokens=self.max_tokens,
+            max_tokens_given=self.max_tokens_given,
+            stop_token_ids=self.stop_token_ids,
+            output_token_ids=list(self.output_token_ids),
+        )
+
+    def start(self, now: float) -> None:
+        """The ring has begun with it."""
+        self.is_running = True
+        self.progressed_at = now
+        if self.started_at is None:
+            self.started_at = now
+
+    def take(self, output: SequenceOutput, now: float) -> None:
+        """What a step gave it."""
+        self.progressed_at = now
+        if output.token_ids:
+            if self.first_token_at is None:
+                self.first_token_at = now
+            self.last_token_at = now
+            self.output_token_ids += output.token_ids
+        if output.token_ids or output.finish_reason is not None:
+            self._outputs.put_nowait(output)
+
+    def fail(self, error: ApiError) -> None:
+        """Ends it: whoever waits for outputs gets `error`."""
+        self._outputs.put_nowait(error)
+
+    def unreported_end(self) -> str | None:
+        """Why it has ended, where the ring died after its last token and before it said so."""
+        if self.output_token_ids and self.output_token_ids[-1] in self.stop_token_ids:
+            return "stop"
+        return "length" if len(self.output_token_ids) >= self.max_tokens else None
+
+    async def outputs(self) -> AsyncGenerator[SequenceOutput, None]:
+        """Each step's output until the one with a finish reason. Raises the ApiError it failed with."""
+        while True:
+            output = await self._outputs.get()
+            if isinstance(output, ApiError):
+                raise output
+            yield output
+            if output.finish_reason is not None:
+                return

@@ -1,0 +1,38 @@
+"""GET /health: 200 when requests are served, 503 when not, and always what the ring is doing.
+
+Open without an API key, so it holds nothing secret. Read by launch.sh, by load balancers and by people.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from api.engine_client import RETRY_AFTER_S
+from api.service import service_of
+
+router = APIRouter()
+
+
+@router.api_route("/health", methods=["GET", "HEAD"])
+async def health(request: Request) -> Response:
+    service = service_of(request)
+    supervisor, engine = service.supervisor, service.engine
+    is_ready = supervisor.state == "ready"
+    ready = engine.ready if is_ready else None
+    report = {
+        "status": supervisor.state,
+        "detail": supervisor.detail,
+        "model": service.settings.model_name,
+        "uptime_s": round(time.time() - service.started_at, 3),
+        "max_sequence_length": ready.max_sequence_length if ready else None,
+        "kv_cache_tokens": ready.kv_cache_tokens if ready else None,
+        "requests": {"running": engine.num_running, "waiting": engine.num_waiting},
+        "ranks": [msgspec.to_builtins(rank) for rank in supervisor.ranks],
+    }
+    headers = {} if is_ready else {"Retry-After": str(RETRY_AFTER_S)}
+    return JSONResponse(report, 200 if is_ready else 503, headers)

@@ -1,0 +1,248 @@
+"""Real servers that start wrong, lose ranks, are killed or stopped: what is said, what goes on, what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from api.processes import ring_processes
+from distributed.launch import instance_id
+from tests.running_server import RunningServer
+from tests.tiny_chat_model import write_tiny_chat_model
+
+pytestmark = pytest.mark.ring
+
+HELLO: Any = [{"role": "user", "content": "hello world"}]
+NewServer = Callable[..., RunningServer]
+
+
+@pytest.fixture
+def new_server(tmp_path: Path, tiny_chat_model: Path) -> Iterator[NewServer]:
+    """Servers of one test's own, not started yet; nothing of them may be left at the end."""
+    servers: list[RunningServer] = []
+
+    def make(**keys: object) -> RunningServer:
+        environ = {"MODEL_REPO": tiny_chat_model, "RING_SIZE": 1, **keys}
+        server = RunningServer(
+            tmp_path / f"project {len(servers)}", {key: str(value) for key, value in environ.items()}
+        )
+        servers.append(server)
+        return server
+
+    yield make
+    for server in servers:
+        server.close_clients()
+        if server in RunningServer.started:
+            server.stop()
+        assert ring_processes(instance_id(server.root)) == []
+
+
+def stream_of(server: RunningServer, **fields: Any) -> Any:
+    fields = {"model": server.model, "max_tokens": 400, "temperature": 0, "stream": True, **fields}
+    return server.client().chat.completions.create(messages=HELLO, **fields)
+
+
+def text_of(stream: Any) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+
+def rank_pids(server: RunningServer) -> list[int]:
+    return [rank["pid"] for rank in server.health()["ranks"]]
+
+
+def failure_of(server: RunningServer) -> str:
+    """Start a server that cannot get ready; why, as /health says it."""
+    server.start(wait=False)
+    detail = server.wait_until(lambda health: health.get("status") == "failed", "failed")["detail"]
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"model": server.model, "messages": HELLO})
+    assert answer.status_code == 503
+    assert detail in answer.json()["error"]["message"]
+    return detail
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stream_goes_on_where_it_stopped_when_a_rank_is_killed(new_server: NewServer, victim: int):
+    server = new_server(RING_SIZE=2)
+    server.start()
+    undisturbed = text_of(stream_of(server))
+    pids = rank_pids(server)
+    stream = stream_of(server)
+    text = "".join(next(stream).choices[0].delta.content or "" for _ in range(20))
+    os.kill(pids[victim], signal.SIGKILL)
+    assert text + text_of(stream) == undisturbed
+    assert not set(rank_pids(server)) & set(pids)
+
+
+def test_ranks_end_when_the_api_is_killed(new_server: NewServer):
+    server = new_server(RING_SIZE=2)
+    server.start()
+    ranks = [psutil.Process(pid) for pid in rank_pids(server)]
+    assert server.process is not None
+    server.process.kill()
+    server.process.wait()
+    RunningServer.started.remove(server)
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert alive == []
+    psutil.wait_procs(ring_processes(instance_id(server.root)), timeout=10)
+
+
+def test_what_a_killed_api_left_stopped_is_ended_by_the_next_start(new_server: NewServer):
+    server = new_server(RING_SIZE=2)
+    server.start()
+    stopped = psutil.Process(rank_pids(server)[1])
+    stopped.suspend()
+    assert server.process is not None
+    server.process.kill()
+    server.process.wait()
+    RunningServer.started.remove(server)
+    server.start()
+    assert not stopped.is_running()
+    assert text_of(stream_of(server, max_tokens=5)) is not None
+
+
+def test_stop_lets_accepted_requests_end_and_takes_no_more(new_server: NewServer):
+    server = new_server(SHUTDOWN_GRACE_S=30)
+    server.start()
+    undisturbed = text_of(stream_of(server, max_tokens=1500))
+    stream = stream_of(server, max_tokens=1500)
+    text = next(stream).choices[0].delta.content or ""
+    assert server.process is not None
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_until(lambda health: health.get("status") == "stopping", "stopping", timeout_s=5)
+    refused = httpx.post(f"{server.url}/v1/chat/completions", json={"model": server.model, "messages": HELLO})
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"]
+    assert text + text_of(stream) == undisturbed
+    assert server.stop() == 0
+    assert not any((server.root / ".run" / name).exists() for name in ("api.json", "ring.json"))
+
+
+def test_past_its_grace_stop_ends_requests_with_an_error(new_server: NewServer):
+    server = new_server(SHUTDOWN_GRACE_S=0)
+    server.start()
+    with httpx.stream(
+        "POST",
+        f"{server.url}/v1/chat/completions",
+        json={"model": server.model, "messages": HELLO, "max_tokens": 1900, "temperature": 0, "stream": True},
+        timeout=60,
+    ) as response:
+        lines = response.iter_lines()
+        next(lines)
+        assert server.process is not None
+        server.process.send_signal(signal.SIGINT)
+        last = [line for line in lines if line.startswith("data: ")][-1]
+    assert "being stopped" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert server.stop() == 0
+
+
+def test_a_server_can_be_stopped_while_it_starts(new_server: NewServer):
+    server = new_server()
+    server.start(wait=False)
+    server.wait_until(lambda health: health.get("status") == "starting", "starting")
+    began = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - began < 20
+
+
+def test_a_taken_api_port_is_said_before_a_ring_is_started(new_server: NewServer):
+    server = new_server()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", server.api_port))
+        other.listen()
+        server.start(wait=False)
+        assert server.process is not None
+        assert server.process.wait(30) == 4
+    RunningServer.started.remove(server)
+    assert f"port {server.api_port}" in server.log()
+    assert "API_PORT" in server.log()
+    assert not (server.root / ".run" / "ring.json").exists()
+
+
+def test_a_taken_ring_port_is_named(new_server: NewServer):
+    server = new_server(RING_SIZE=2)
+    with socket.socket() as other:
+        port = int(server.environ["RING_PORT"]) + 1
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        assert f"ring port {port}" in (detail := failure_of(server))
+        assert "RING_PORT" in detail
+
+
+def test_a_second_server_of_a_folder_is_refused_and_the_first_goes_on(new_server: NewServer):
+    first = new_server()
+    first.start()
+    second = subprocess.run(
+        [sys.executable, "-m", "api"], cwd=first.root, env=first.environ, capture_output=True, text=True, timeout=60
+    )
+    assert second.returncode == 3
+    assert "runs already" in second.stderr
+    assert first.health()["status"] == "ready"
+
+
+def test_a_second_server_on_the_same_ring_ports_says_so(new_server: NewServer):
+    first = new_server(RING_SIZE=2)
+    first.start()
+    second = new_server(RING_SIZE=2, RING_PORT=first.environ["RING_PORT"])
+    assert "RING_PORT" in failure_of(second)
+    assert text_of(stream_of(first, max_tokens=5)) is not None
+
+
+def test_a_missing_model_is_said_and_not_tried_again(new_server: NewServer, tmp_path: Path):
+    server = new_server(MODEL_REPO=tmp_path / "nowhere", RING_SIZE=1)
+    assert "nowhere" in failure_of(server)
+    assert server.log().count("starting ->") == 1
+
+
+@pytest.mark.parametrize("damage", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_broken_model_folder_is_said_and_not_tried_again(new_server: NewServer, tmp_path: Path, damage: str):
+    folder = write_tiny_chat_model(tmp_path / "broken")
+    (folder / damage).write_text("{")
+    server = new_server(MODEL_REPO=folder, RING_SIZE=1)
+    assert "broken" in failure_of(server)
+    assert server.log().count("giving up") == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        ({"LAYER_SPLIT": "3"}, "LAYER_SPLIT"),
+        ({"KV_CACHE_MAX_SIZE": 100, "MAX_SEQUENCE_LENGTH": 200}, "KV_CACHE"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(new_server: NewServer, keys: dict[str, Any], names: str):
+    server = new_server(**keys)
+    server.start(wait=False)
+    assert server.process is not None
+    try:
+        detail = server.wait_until(lambda health: health.get("status") == "failed", "failed")["detail"]
+        assert names in detail
+    except AssertionError:
+        assert server.process.wait(5) == 2  # found before anything was started
+        RunningServer.started.remove(server)
+        assert names in server.log()
+
+
+def test_a_wrong_key_is_said_at_once(new_server: NewServer):
+    server = new_server(RING_PORT="abc")
+    server.start(wait=False)
+    assert server.process is not None
+    assert server.process.wait(30) == 2
+    RunningServer.started.remove(server)
+    assert "RING_PORT" in server.log()
+
+
+def test_a_ring_that_is_not_ready_in_time_is_given_up_with_its_last_word(new_server: NewServer):
+    server = new_server(START_TIMEOUT=0.5)
+    assert "START_TIMEOUT" in failure_of(server)
