@@ -1,7 +1,8 @@
 """Tokens per second: this server over rings of several sizes against mlx_lm's BatchGenerator, side by side.
 
 All contestants stay loaded; each round gives every one the same prompts in turn, so that a machine whose speed drifts
-treats them alike, and the ratios are made round by round. Ours are measured over HTTP, as a client sees them.
+treats them alike, and the ratios are made round by round. Ours are measured over HTTP, as a client sees them; the
+client and the api process share the machine's cores with the ranks. BatchGenerator has them to itself.
 
     python -m bench.throughput --ranks 1 2 --streams 1 8
 """
@@ -41,22 +42,17 @@ Run = Callable[[int, int], float]  # (streams, tokens each) -> tokens per second
 
 
 def ours(server: RunningServer, banned: list[int]) -> Run:
-    """Chat requests over HTTP, streamed; the end-of-answer ids are banned so that every answer has its full length."""
+    """Chat requests over HTTP; the ids that end an answer are banned, so that every answer has its full length."""
 
     async def one(client: AsyncOpenAI, question: str, max_tokens: int) -> int:
-        stream = await client.chat.completions.create(
+        answer = await client.chat.completions.create(
             model=server.model,
             messages=[{"role": "user", "content": question}],
             max_tokens=max_tokens,
             temperature=0,
             logit_bias={str(token_id): -100 for token_id in banned},
-            stream=True,
-            stream_options={"include_usage": True},
         )
-        tokens = 0
-        async for chunk in stream:
-            tokens = chunk.usage.completion_tokens if chunk.usage else tokens
-        return tokens
+        return answer.usage.completion_tokens if answer.usage else 0
 
     async def all_at_once(streams: int, max_tokens: int) -> float:
         async with server.async_client() as client:
@@ -88,7 +84,7 @@ def main() -> None:
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--tokens", type=int, default=128, help="of each answer")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     folder = prepare_model(arguments.model, PROJECT)

@@ -1,4 +1,4 @@
-"""Makes MLX's CPU backend usable on Linux: loads OpenBLAS before MLX and shares the cores between the local ranks.
+"""Makes MLX's CPU backend usable on Linux: loads OpenBLAS before MLX.
 
 The Linux wheel of MLX ships the slow reference BLAS; with OpenBLAS loaded first its symbols win and float32 prefill is
 12 times faster (measured). Macs use Metal and Accelerate and need none of this. Must run before mlx is imported.
@@ -11,17 +11,23 @@ import os
 import sys
 
 OPENBLAS = "libopenblas.so.0"
+# Idle BLAS threads spin for 2^this processor cycles before they sleep. The default of 26 is 20 ms and more, most of a
+# step, during which they take the cores from the next rank's stage on the same machine.
+SHORT_SPIN = "4"
 
 
 def prefer_openblas(local_ranks: int = 1) -> bool:
-    """Load OpenBLAS for this process, with its share of the machine's cores.
+    """Load OpenBLAS for this process, which shares the machine with `local_ranks` - 1 others.
+
+    Every rank may use all cores: with one frame in flight only one of them computes at a time (two ranks on two cores:
+    1.26 times the tokens/s of one thread a rank, docs/performance.md).
 
     Returns False where there is none to load (then MLX's own BLAS serves) or none is needed.
     """
     if not sys.platform.startswith("linux"):
         return False
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, cores // max(1, local_ranks))))
+    if local_ranks > 1:
+        os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", SHORT_SPIN)
     try:
         ctypes.CDLL(OPENBLAS, mode=ctypes.RTLD_GLOBAL)
     except OSError:
