@@ -24,10 +24,6 @@ from distributed.shard.hooks import decoder_layers, fill_shared_dicts, hook_laye
 from distributed.shard.layer_map import StagePlan, plan_stage, runs_batched
 from distributed.shard.message import FromCache, StageMessage, pack_message
 
-# Every so many layers their output is handed to the device while Python goes on building the graph of the next ones:
-# what would be one gap a step (4 ms for 30 layers, measured) becomes a part of it.
-LAYERS_AHEAD = 4
-
 
 class _EndOfStage(Exception):
     """Abandons the forward after the stage's last layer."""
@@ -62,10 +58,9 @@ class StageModel:
         self._layers = layers[layer_range.start : layer_range.end]
         self._plan: StagePlan | None = None  # none for a whole model, which runs as it is
         self._forward: _Forward | None = None
-        self._stays_lazy = False
         if not (self.is_first and self.is_last):
             self._plan = plan_stage(model, layer_range)
-        hook_layers(layers, self._visit)
+            hook_layers(layers, self._visit)
 
     def make_cache(self) -> list[Any]:
         """Fresh caches for one sequence, all different objects: those of its own layers and the few more it needs."""
@@ -80,8 +75,7 @@ class StageModel:
             cache: as `make_cache` gives it, or as many batched caches (`type(c).merge([...])` of each); advanced by L.
 
         Returns:
-            The `StageMessage` for the next stage, or on the last stage the logits (B, L, V), not evaluated; the device
-            has begun with the layers.
+            The `StageMessage` for the next stage, or on the last stage the logits (B, L, V), all lazy.
         """
         if (message is None) != self.is_first:
             raise ValueError("the first stage takes no message, every other stage needs one")
@@ -104,15 +98,14 @@ class StageModel:
     def _visit(self, index: int, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the hooks ask in place of each layer's forward."""
         forward = self._forward
-        if forward is not None and index < self.layer_range.start:
+        assert forward is not None, "the model is called past its StageModel"
+        if index < self.layer_range.start:
             return forward.skip(index)
-        if forward is not None and index == self.layer_range.start:
+        if index == self.layer_range.start:
             fill_shared_dicts(args, kwargs, forward.shared)
         output = run(*args, **kwargs)
-        if forward is not None and index == self.layer_range.end - 1 and not self.is_last:
+        if index == self.layer_range.end - 1 and not self.is_last:
             raise _EndOfStage(forward.message_after(output, shared_dicts(args, kwargs)))
-        if index % LAYERS_AHEAD == 0 and not self._stays_lazy:
-            mx.async_eval(output)
         return output
 
     def dry_run(self) -> tuple[Any, list[Any]]:
@@ -122,11 +115,7 @@ class StageModel:
         """
         cache = self.make_cache()
         message = self._plan.example_message if self._plan else None
-        self._stays_lazy = True
-        try:
-            return self(mx.zeros((1, 1), mx.int32), message, cache), cache
-        finally:
-            self._stays_lazy = False
+        return self(mx.zeros((1, 1), mx.int32), message, cache), cache
 
     def load_weights_of_this_stage(self) -> None:
         """Read what this stage needs and nothing else, a tensor at a time so that the peak stays low.
