@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import msgspec
+from msgspec import structs
 
 from server.errors import BudgetError
 
@@ -34,6 +35,10 @@ class CacheCost(msgspec.Struct, frozen=True):
         """Bytes of one row of `num_tokens` allocated tokens."""
         held = num_tokens if self.window is None else min(num_tokens, self.window)
         return self.fixed_bytes + held * self.bytes_per_token
+
+    def during_prefill(self, chunk_tokens: int) -> CacheCost:
+        """The cost while a prompt is read: each token of a chunk still sees a whole window before it."""
+        return self if self.window is None else structs.replace(self, window=self.window + chunk_tokens - 1)
 
 
 class RankCost(msgspec.Struct, frozen=True):
@@ -64,10 +69,16 @@ class KVBudget:
         ranks: each rank's costs, in rank order.
         reserved_bytes: KV_CACHE_RESERVED_MEMORY_MB in bytes, a ceiling on every rank.
         max_tokens: KV_CACHE_MAX_SIZE, rounded up to whole blocks, or None.
+        chunk_tokens: the longest prefill chunk; sliding windows hold so many tokens more while it runs.
     """
 
-    def __init__(self, ranks: list[RankCost], reserved_bytes: int, max_tokens: int | None = None) -> None:
-        self._ranks = ranks
+    def __init__(
+        self, ranks: list[RankCost], reserved_bytes: int, max_tokens: int | None = None, *, chunk_tokens: int = 1
+    ) -> None:
+        self._ranks = [
+            structs.replace(rank, caches=[cache.during_prefill(chunk_tokens) for cache in rank.caches])
+            for rank in ranks
+        ]
         self._reserved_bytes = reserved_bytes
         self._max_tokens = None if max_tokens is None else blocks(max_tokens)
         self.capacity_tokens = self._capacity_tokens()

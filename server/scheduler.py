@@ -134,7 +134,7 @@ class Scheduler:
         if new_lap:
             self._prefill_left = self._chunk_tokens
             self._groups_left = deque(self._groups)
-        if self._prefilling and self._prefill_left > 0:
+        if self._prefilling and self._next_chunk(self._prefilling[0]) <= self._prefill_left:
             return self._prefill_step(self._prefilling[0])
         while self._groups_left:
             self._prefill_left = 0  # who comes now waits for the next lap
@@ -145,13 +145,17 @@ class Scheduler:
 
     def _prefill_step(self, sequence: Sequence) -> Step:
         start = sequence.num_computed_tokens
-        num_tokens = min(sequence.num_tokens_to_prefill, self._prefill_left)
+        num_tokens = self._next_chunk(sequence)
         sequence.num_computed_tokens += num_tokens
         self._prefill_left -= num_tokens
         if sequence.num_tokens_to_prefill == 0:
             self._prefilling.popleft()
         row = Row(sequence.sequence_id, sequence.num_computed_tokens)
         return self._step([row], [sequence.token_ids[start : start + num_tokens]], [])
+
+    def _next_chunk(self, sequence: Sequence) -> int:
+        """Whole chunks only: what a lap has left over would cost a pass over all weights for a few tokens."""
+        return min(sequence.num_tokens_to_prefill, self._chunk_tokens)
 
     def _decode_step(self, group: Group) -> Step | None:
         self._make_room_to_grow(group)

@@ -39,7 +39,7 @@ from server.status import READY, RankStatus, decode_reports
 from server.warm_up import warm_up
 from server.worker import run_worker
 
-DEFAULT_CHUNK_TOKENS = 256
+DEFAULT_CHUNK_TOKENS = 512
 DEFAULT_MAX_RUNNING = 32
 
 logger = logging.getLogger(__name__)
@@ -196,7 +196,12 @@ class _RankStart:
         return self._stage.cache_cost
 
     def _budget(self, settings: Settings, costs: list[RankCost]) -> tuple[KVBudget, int]:
-        budget = KVBudget(costs, settings.kv_cache_reserved_memory_mb * MIB, settings.kv_cache_max_size)
+        budget = KVBudget(
+            costs,
+            settings.kv_cache_reserved_memory_mb * MIB,
+            settings.kv_cache_max_size,
+            chunk_tokens=settings.prefill_chunk_tokens or DEFAULT_CHUNK_TOKENS,
+        )
         try:
             max_length = budget.max_sequence_length(settings.max_sequence_length, self._info.max_context)
         except ServerError as error:

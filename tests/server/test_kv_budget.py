@@ -26,6 +26,11 @@ def test_a_sliding_window_stops_growing():
     assert rank.row_bytes(2048) == (512 + 2048) * KIB
 
 
+def test_a_sliding_window_holds_a_chunk_more_while_a_prompt_is_read():
+    budget = KVBudget([RankCost([CacheCost(KIB, window=512)])], MIB, chunk_tokens=100)
+    assert budget.bytes_on(0, [Shape(1, 2048)]) == (512 + 99) * KIB
+
+
 def test_a_state_space_layer_costs_the_same_at_every_length():
     rank = RankCost([CacheCost(0, None, fixed_bytes=7 * KIB)])
     assert rank.row_bytes(256) == rank.row_bytes(1 << 20) == 7 * KIB
