@@ -109,9 +109,8 @@ def _accept(listener: socket.socket, expected: Hello, deadline: float) -> socket
             caller, address = listener.accept()
         except TimeoutError:
             break
-        caller.settimeout(_HELLO_TIMEOUT_S)
         try:
-            hello = _read_message(caller, _HELLO_BYTES)
+            hello = _read_message(caller, _HELLO_BYTES, deadline=time.monotonic() + _HELLO_TIMEOUT_S)
         except (OSError, EOFError, ValueError, msgspec.MsgspecError):
             hello = None
         if isinstance(hello, Hello) and hello.rank == expected.rank:
@@ -122,17 +121,20 @@ def _accept(listener: socket.socket, expected: Hello, deadline: float) -> socket
     raise RingError(f"rank {expected.rank} did not open its control connection within {_CONNECT_TIMEOUT_S:g} s")
 
 
-def _read_message(sock: socket.socket, limit: int) -> ControlMessage:
-    (length,) = LENGTH.unpack(_read_exactly(sock, LENGTH.size))
+def _read_message(sock: socket.socket, limit: int, deadline: float | None = None) -> ControlMessage:
+    """One message; all of it by `deadline` (of `time.monotonic`), or each piece within the socket's own timeout."""
+    (length,) = LENGTH.unpack(_read_exactly(sock, LENGTH.size, deadline))
     if length > limit:
         raise ValueError(f"a message of {length} bytes is over the limit of {limit}")
-    return decode(_read_exactly(sock, length))
+    return decode(_read_exactly(sock, length, deadline))
 
 
-def _read_exactly(sock: socket.socket, size: int) -> bytearray:
+def _read_exactly(sock: socket.socket, size: int, deadline: float | None) -> bytearray:
     data = bytearray(size)
     view = memoryview(data)
     while view:
+        if deadline is not None:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
         count = sock.recv_into(view)
         if count == 0:
             raise EOFError("it closed the connection")

@@ -2,6 +2,7 @@
 
     DistributedError
     ├── ModelError            a model's folder or repository is missing, broken or not supported
+    │   └── ModelUnavailable  it could not be fetched just now
     ├── PartitionError        the layers do not fit, or LAYER_SPLIT does not add up
     ├── HostError             a machine of the ring cannot take part
     └── RingError             the ring could not be formed, or broke
@@ -17,6 +18,10 @@ class DistributedError(Exception):
 
 class ModelError(DistributedError):
     """A model's folder or repository is missing, broken or not supported."""
+
+
+class ModelUnavailable(ModelError):
+    """A model could not be fetched. Trying again may help, unlike with the other errors of a model."""
 
 
 class PartitionError(DistributedError):

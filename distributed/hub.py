@@ -22,7 +22,7 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (of its HTTP library)
 from tqdm.auto import tqdm
 
-from distributed.errors import ModelError
+from distributed.errors import ModelError, ModelUnavailable
 
 # What mlx-lm reads besides the weights.
 METADATA_PATTERNS = ["*.json", "*.jsonl", "*.jinja", "*.txt", "*.py", "*.model", "*.tiktoken", "LICENSE*"]
@@ -151,7 +151,7 @@ def _translated(repo_id: str) -> Iterator[None]:
     except errors.SafetensorsParsingError as error:
         raise ModelError(f"A weight file of {repo_id} is damaged: {error}") from error
     except (errors.LocalEntryNotFoundError, HTTPError, OSError) as error:
-        raise ModelError(
+        raise ModelUnavailable(
             f"{repo_id} could not be fetched from {constants.ENDPOINT}, and {constants.HF_HUB_CACHE} does not hold "
             f"what is needed ({_first_line(error)}): check the network, or set MODEL_REPO to a folder."
         ) from error

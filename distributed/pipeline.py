@@ -23,6 +23,7 @@ from distributed.fatal import flush_and_exit, start_thread
 from distributed.frames import Credit, Envelope, Goodbye, Heartbeat, Lap, TensorSpec
 from distributed.ring import Ring
 
+_GOODBYE_WAIT_S = 1.0
 INBOX_SLOTS = 4  # frames a rank accepts before it computes; more only moves the queue downstream
 
 
@@ -59,6 +60,7 @@ class Pipeline:
         self._reports_from_left: list[bytes] = []
         self._is_closing = threading.Event()  # neighbours may go now
         self._goodbye_is_back = threading.Event()
+        self._right_is_gone = threading.Event()
 
     def start(self) -> None:
         """Start the threads. From now on the end of a neighbour is the end of this process."""
@@ -107,7 +109,12 @@ class Pipeline:
 
     def _receive_forever(self, left: Connection) -> None:
         while True:
-            message = left.receive()
+            try:
+                message = left.receive()
+            except RingError:
+                if self._is_closing.is_set():
+                    return
+                raise
             match message:
                 case Goodbye():
                     self._take_leave()
@@ -130,6 +137,8 @@ class Pipeline:
             return
         if self._right is not None:
             self._right.send(Goodbye())
+            # Closing with unread bytes would reset the connection, and the goodbye might be lost with them.
+            self._right_is_gone.wait(_GOODBYE_WAIT_S)
         flush_and_exit(0)
 
     def _read_right_forever(self, right: Connection) -> None:
@@ -138,6 +147,7 @@ class Pipeline:
                 message = right.receive()
             except RingError:
                 if self._is_closing.is_set():
+                    self._right_is_gone.set()
                     return
                 raise
             match message:
@@ -159,6 +169,8 @@ class Pipeline:
     def _beat_forever(self) -> None:
         while True:
             reports = [*self._reports_from_left, self._report()] if self.ring.rank else [self._report()]
+            if self._is_closing.is_set():
+                return
             if self._left is not None and self._right is not None:
                 self._left.send(Heartbeat())
                 self._right.send(Heartbeat(reports))

@@ -10,6 +10,7 @@ import queue
 from typing import Any, NoReturn
 
 import mlx.core as mx
+from msgspec import structs
 
 from distributed.fatal import flush_and_exit
 from distributed.pipeline import Arrival, Pipeline
@@ -43,6 +44,7 @@ class Engine:
         self._vocab_size = vocab_size
         self._max_sequence_length = max_sequence_length
         self._num_steps = 0
+        self._stats = Stats([], num_running=0, num_waiting=0)  # read by the heartbeat's thread
 
     def run(self) -> NoReturn:
         inbox: queue.SimpleQueue[Any] = self._pipeline.inbox
@@ -51,7 +53,9 @@ class Engine:
             while not inbox.empty():
                 self._handle(inbox.get())
             while (step := self._scheduler.schedule()) is not None:
+                self._note_stats()
                 self._launch(step)
+            self._note_stats()
 
     def _handle(self, event: Submit | Cancel | Shutdown | Arrival) -> None:
         match event:
@@ -104,17 +108,18 @@ class Engine:
         else:
             self._scheduler.add(submit)
 
+    def _note_stats(self) -> None:
+        self._stats = Stats(
+            ranks=[],
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_frames_in_flight=self._scheduler.num_frames_in_flight,
+            num_steps=self._num_steps,
+        )
+
     def send_stats(self, reports: list[bytes]) -> None:
         """Called by the heartbeat with every rank's state, once a second."""
         ranks = decode_reports(reports)
         if any(info.state != READY for info in ranks):  # said before the ring was ready, and still on its way round
             return
-        self._api.send(
-            Stats(
-                ranks=ranks,
-                num_running=self._scheduler.num_running,
-                num_waiting=self._scheduler.num_waiting,
-                num_frames_in_flight=self._scheduler.num_frames_in_flight,
-                num_steps=self._num_steps,
-            )
-        )
+        self._api.send(structs.replace(self._stats, ranks=ranks))

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import msgspec
-from msgspec import structs
 
 from server.errors import BudgetError
 
@@ -35,10 +34,6 @@ class CacheCost(msgspec.Struct, frozen=True):
         """Bytes of one row of `num_tokens` allocated tokens."""
         held = num_tokens if self.window is None else min(num_tokens, self.window)
         return self.fixed_bytes + held * self.bytes_per_token
-
-    def during_prefill(self, chunk_tokens: int) -> CacheCost:
-        """The cost while a prompt is read: each token of a chunk still sees a whole window before it."""
-        return self if self.window is None else structs.replace(self, window=self.window + chunk_tokens - 1)
 
 
 class RankCost(msgspec.Struct, frozen=True):
@@ -69,16 +64,14 @@ class KVBudget:
         ranks: each rank's costs, in rank order.
         reserved_bytes: KV_CACHE_RESERVED_MEMORY_MB in bytes, a ceiling on every rank.
         max_tokens: KV_CACHE_MAX_SIZE, rounded up to whole blocks, or None.
-        chunk_tokens: the longest prefill chunk; sliding windows hold so many tokens more while it runs.
+        chunk_tokens: of all prefill in one lap; sliding windows hold up to so many tokens more until the rows join.
     """
 
     def __init__(
         self, ranks: list[RankCost], reserved_bytes: int, max_tokens: int | None = None, *, chunk_tokens: int = 1
     ) -> None:
-        self._ranks = [
-            structs.replace(rank, caches=[cache.during_prefill(chunk_tokens) for cache in rank.caches])
-            for rank in ranks
-        ]
+        self._ranks = ranks
+        self._chunk_tokens = chunk_tokens
         self._reserved_bytes = reserved_bytes
         self._max_tokens = None if max_tokens is None else blocks(max_tokens)
         self.capacity_tokens = self._capacity_tokens()
@@ -93,10 +86,17 @@ class KVBudget:
         return sum(group.rows * self._ranks[rank].row_bytes(blocks(group.longest)) for group in groups)
 
     def bytes_limit(self, rank: int) -> int:
-        """What one rank may hold: the smaller of the two keys."""
+        """What one rank may hold: the smaller of the two keys.
+
+        KV_CACHE_MAX_SIZE tokens cost most as one row where caches grow with every token, and as many short rows where
+        windows and fixed states make them cheaper by the token.
+        """
         if self._max_tokens is None:
             return self._reserved_bytes
-        return min(self._reserved_bytes, self._ranks[rank].row_bytes(self._max_tokens))
+        cost = self._ranks[rank]
+        as_short_rows = self._max_tokens // BLOCK_TOKENS * cost.row_bytes(BLOCK_TOKENS)
+        by_tokens = max(cost.row_bytes(self._max_tokens), as_short_rows) + self._overshoot_bytes(cost)
+        return min(self._reserved_bytes, by_tokens)
 
     def fits(self, groups: Iterable[Shape]) -> bool:
         """True if every rank can hold `groups`, with room for the working copy of the largest cache."""
@@ -104,7 +104,8 @@ class KVBudget:
         if self._max_tokens is not None and sum(g.rows * blocks(g.longest) for g in groups) > self._max_tokens:
             return False
         return all(
-            self.bytes_on(rank, groups) + self._working_bytes(cost, groups) <= self._reserved_bytes
+            self.bytes_on(rank, groups) + self._overshoot_bytes(cost) + self._working_bytes(cost, groups)
+            <= self._reserved_bytes
             for rank, cost in enumerate(self._ranks)
         )
 
@@ -116,7 +117,9 @@ class KVBudget:
         """
         if self.capacity_tokens < 1:
             needed = max(
-                cost.row_bytes(BLOCK_TOKENS) + self._working_bytes(cost, [Shape(1, BLOCK_TOKENS)])
+                cost.row_bytes(BLOCK_TOKENS)
+                + self._overshoot_bytes(cost)
+                + self._working_bytes(cost, [Shape(1, BLOCK_TOKENS)])
                 for cost in self._ranks
             )
             raise BudgetError(
@@ -150,6 +153,10 @@ class KVBudget:
             else:
                 high = middle - 1
         return low * BLOCK_TOKENS
+
+    def _overshoot_bytes(self, cost: RankCost) -> int:
+        """While a chunk is read, each of its tokens still sees a whole window before it."""
+        return (self._chunk_tokens - 1) * sum(c.bytes_per_token for c in cost.caches if c.window is not None)
 
     @staticmethod
     def _working_bytes(cost: RankCost, groups: list[Shape]) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache
+from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, CacheList, KVCache, RotatingKVCache
 
 from server.errors import DisagreementError
 from server.frame import Admit, Frame, Join, Leave, Operation
@@ -107,10 +107,8 @@ class KVCacheStore:
             if not keep:
                 del self._groups[group_id]
             elif len(keep) < len(group.sequence_ids):
-                indices = mx.array(keep)
-                for cache in group.caches:
-                    cache.filter(indices)
-                    _settle(cache)
+                for index in range(len(group.caches)):
+                    group.caches[index] = _keep_rows(group.caches[index], keep)
                 group.sequence_ids = [group.sequence_ids[i] for i in keep]
                 group.lengths = [group.lengths[i] for i in keep]
         mx.clear_cache()
@@ -142,10 +140,29 @@ def _reserve(cache: Cache, num_tokens: int) -> None:
     if isinstance(cache, CacheList):
         for member in cache.caches:
             _reserve(member, num_tokens)
-    elif isinstance(cache, (KVCache, BatchKVCache)) and cache.keys is not None:
-        used = _used_tokens(cache)
-        if used + num_tokens > cache.keys.shape[2]:
-            _resize(cache, blocks(used + num_tokens))
+        return
+    if getattr(cache, "keys", None) is None:
+        return
+    used, capacity = _used_tokens(cache), cache.keys.shape[2]
+    if isinstance(cache, (KVCache, BatchKVCache)) and used + num_tokens > capacity:
+        _resize(cache, blocks(used + num_tokens))
+    elif isinstance(cache, (RotatingKVCache, BatchRotatingKVCache)) and num_tokens == 1:  # chunks bring their own room
+        if used >= capacity and capacity < cache.max_size:
+            _resize(cache, min(blocks(used + 1), cache.max_size))
+
+
+def _keep_rows(cache: Cache, rows: list[int]) -> Cache:
+    """A group's cache with only these rows, as small as their longest one needs."""
+    if isinstance(cache, CacheList):
+        cache.caches = tuple(_keep_rows(member, rows) for member in cache.caches)
+        return cache
+    if isinstance(cache, BatchRotatingKVCache) and cache.keys is not None:
+        # Its `filter` keeps the padding that only a longer row needed.
+        cache = BatchRotatingKVCache.merge([cache.extract(row) for row in rows])
+    else:
+        cache.filter(mx.array(rows))
+    _settle(cache)
+    return cache
 
 
 def _settle(cache: Cache) -> None:
@@ -161,9 +178,8 @@ def _settle(cache: Cache) -> None:
     mx.clear_cache()
 
 
-def _resize(cache: KVCache | BatchKVCache, num_tokens: int) -> None:
+def _resize(cache: Cache, num_tokens: int) -> None:
     """Give the buffers of `cache` room for exactly `num_tokens` tokens, which is at least what they hold."""
-    assert cache.keys is not None and cache.values is not None
     used = _used_tokens(cache)
     padding = [(0, 0), (0, 0), (0, num_tokens - used), (0, 0)]
     cache.keys = mx.pad(cache.keys[..., :used, :], padding)
@@ -172,5 +188,12 @@ def _resize(cache: KVCache | BatchKVCache, num_tokens: int) -> None:
     mx.clear_cache()
 
 
-def _used_tokens(cache: KVCache | BatchKVCache) -> int:
-    return cache._idx if isinstance(cache, BatchKVCache) else cache.offset
+def _used_tokens(cache: Cache) -> int:
+    """Tokens that passed through a cache with keys, those of the longest row; a window may have dropped the first."""
+    match cache:
+        case BatchKVCache():
+            return cache._idx
+        case BatchRotatingKVCache():
+            return cache._offset
+        case _:
+            return cache.offset

@@ -16,6 +16,7 @@ import numpy as np
 from server.protocol import SamplingParams
 
 _MASK64 = (1 << 64) - 1
+_GREEDY_BELOW = 1e-5  # a temperature: dividing float32 logits by less overflows
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Sampler:
     def forget(self, sequence_id: int) -> None:
         """Drop a sequence."""
         self._requests.pop(sequence_id, None)
+        self._cached = None
 
     def observe(self, sequence_id: int, token_ids: list[int]) -> None:
         """Tokens that just ran, in order; they count for the penalties of the next draw."""
@@ -122,13 +124,13 @@ class Sampler:
 
 def _columns(requests: list[_Request], vocab_size: int) -> _BatchParams:
     params = [request.params for request in requests]
-    temperatures = [p.temperature for p in params]
-    sampled = [p for p in params if p.temperature > 0]
+    is_greedy = [p.temperature < _GREEDY_BELOW for p in params]
+    sampled = [p for p, greedy in zip(params, is_greedy, strict=True) if not greedy]
     bias = [(row, token_id, value) for row, p in enumerate(params) for token_id, value in p.logit_bias.items()]
     return _BatchParams(
         greedy=not sampled,
-        temperature=_column([t or 1.0 for t in temperatures]),
-        is_greedy=mx.array([t == 0 for t in temperatures]),
+        temperature=_column([1.0 if greedy else p.temperature for p, greedy in zip(params, is_greedy, strict=True)]),
+        is_greedy=mx.array(is_greedy),
         min_p=_column([p.min_p for p in params]) if any(p.min_p > 0 for p in sampled) else None,
         top_k=mx.array([[p.top_k or vocab_size] for p in params]) if any(p.top_k > 0 for p in sampled) else None,
         top_p=_column([p.top_p for p in params]) if any(p.top_p < 1 for p in sampled) else None,

@@ -17,10 +17,11 @@ from typing import Any, NoReturn, TypeVar
 
 import mlx.core as mx
 import msgspec
+from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from config import ConfigError, Settings
 from distributed.builtin_model import resolve_form
-from distributed.errors import DistributedError, HandshakeError, RingError
+from distributed.errors import DistributedError, HandshakeError, ModelUnavailable, RingError
 from distributed.handshake import Introduction, meet
 from distributed.memory import check_fits, plan_stages, rank_memory_limit_bytes
 from distributed.model_files import ModelInfo, ensure_weights, inspect_model, prepare_model
@@ -36,7 +37,7 @@ from server.protocol import Failed, Progress, RankInfo, Ready
 from server.scheduler import Scheduler
 from server.stage import Stage
 from server.status import READY, RankStatus, decode_reports
-from server.warm_up import warm_up
+from server.warm_up import NUM_TOKENS, warm_up
 from server.worker import run_worker
 
 DEFAULT_CHUNK_TOKENS = 512
@@ -113,9 +114,8 @@ class _RankStart:
             pipeline.on_reports = self._send_progress
 
     def start(self, configured: dict[str, Any]) -> NoReturn:
-        if configured:  # the embedded model has two forms; a Mac and a Linux machine would choose differently
-            configured = configured | {"model_repo": resolve_form(configured["model_repo"])}
-        settings = Settings.from_ranks(self._lap("agree on the settings", lambda: configured, dict[str, Any])[0])
+        shared = self._lap("agree on the settings", lambda: self._for_all_ranks(configured), dict[str, Any])
+        settings = Settings.from_ranks(shared[0])
         logging.getLogger().setLevel(settings.log_level)
         local_ranks = int(os.environ.get("MLX_RING_LOCAL_RANKS", "1"))
 
@@ -134,7 +134,8 @@ class _RankStart:
         if self._api is None:
             run_worker(self._stage, self._pipeline)
         self._tell("run a first token through the ring")
-        warm_up(self._stage, self._pipeline, self._info.vocab_size)
+        num_tokens = min(self._chunk_tokens(settings), max_length - 1) if mx.metal.is_available() else NUM_TOKENS
+        warm_up(self._stage, self._pipeline, self._info.vocab_size, num_tokens)
         self._serve(settings, budget, max_length, ranks)
 
     def _serve(self, settings: Settings, budget: KVBudget, max_length: int, ranks: list[RankInfo]) -> NoReturn:
@@ -144,7 +145,7 @@ class _RankStart:
             budget,
             max_sequence_length=max_length,
             max_running=max_running,
-            prefill_chunk_tokens=settings.prefill_chunk_tokens or DEFAULT_CHUNK_TOKENS,
+            prefill_chunk_tokens=self._chunk_tokens(settings),
         )
         engine = Engine(
             self._stage,
@@ -170,6 +171,10 @@ class _RankStart:
 
     # -- the laps' work ----------------------------------------------------------------------------------------------
 
+    def _for_all_ranks(self, configured: dict[str, Any]) -> dict[str, Any]:
+        """The embedded model has two forms, of which a Mac and a Linux machine would choose different ones."""
+        return configured and configured | {"model_repo": resolve_form(configured["model_repo"])}
+
     def _prepare(self, settings: Settings, local_ranks: int) -> ModelFacts:
         self._info: ModelInfo = inspect_model(prepare_model(settings.model_repo, self._root, progress=self._tell))
         limit = rank_memory_limit_bytes(self._ring.rank, local_ranks, settings.rank_memory_limit_mb)
@@ -191,16 +196,22 @@ class _RankStart:
     def _load(self, settings: Settings, layer_range: LayerRange) -> RankCost:
         is_first, is_last = self._ring.rank == 0, self._ring.is_last
         ensure_weights(self._info, layer_range, is_first, is_last, self._tell)
+        if mx.metal.is_available():  # from MLX's documentation: weights stay resident up to this limit
+            maybe_set_recommended_wired_limit()
         self._stage = Stage(load_stage(self._info, layer_range, trust_remote_code=settings.trust_remote_code))
         logger.info("holds layers %s: %.0f MiB", layer_range, mx.get_active_memory() / MIB)
         return self._stage.cache_cost
+
+    @staticmethod
+    def _chunk_tokens(settings: Settings) -> int:
+        return settings.prefill_chunk_tokens or DEFAULT_CHUNK_TOKENS
 
     def _budget(self, settings: Settings, costs: list[RankCost]) -> tuple[KVBudget, int]:
         budget = KVBudget(
             costs,
             settings.kv_cache_reserved_memory_mb * MIB,
             settings.kv_cache_max_size,
-            chunk_tokens=settings.prefill_chunk_tokens or DEFAULT_CHUNK_TOKENS,
+            chunk_tokens=self._chunk_tokens(settings),
         )
         try:
             max_length = budget.max_sequence_length(settings.max_sequence_length, self._info.max_context)
@@ -236,10 +247,10 @@ class _RankStart:
         try:
             outcome = Outcome(msgspec.to_builtins(work()))
         except (DistributedError, ServerError, ConfigError) as error:
-            outcome = Outcome(error=str(error), permanent=True)
-        except (OSError, RuntimeError, ValueError) as error:  # a download, a full disk, MLX's allocation failure
+            outcome = Outcome(error=str(error), permanent=not isinstance(error, ModelUnavailable))
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
             logger.exception("could not %s", doing)
-            outcome = Outcome(error=f"could not {doing}: {error}")
+            outcome = Outcome(error=f"could not {doing}: {type(error).__name__}: {error}")
         outcomes = [
             msgspec.json.decode(record, type=Outcome) for record in self._pipeline.lap(msgspec.json.encode(outcome))
         ]

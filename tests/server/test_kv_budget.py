@@ -27,8 +27,17 @@ def test_a_sliding_window_stops_growing():
 
 
 def test_a_sliding_window_holds_a_chunk_more_while_a_prompt_is_read():
-    budget = KVBudget([RankCost([CacheCost(KIB, window=512)])], MIB, chunk_tokens=100)
-    assert budget.bytes_on(0, [Shape(1, 2048)]) == (512 + 99) * KIB
+    window, copy, overshoot = 512 * KIB, 512 * KIB, 99 * KIB
+    rank = RankCost([CacheCost(KIB, window=512)])
+    assert KVBudget([rank], window + copy + overshoot, chunk_tokens=100).fits([Shape(1, 2048)])
+    assert not KVBudget([rank], window + copy + overshoot - 1, chunk_tokens=100).fits([Shape(1, 2048)])
+
+
+def test_the_limit_covers_many_short_rows_of_windows_and_states():
+    rank = RankCost([CacheCost(KIB, window=512), CacheCost(0, None, fixed_bytes=KIB)])
+    budget = KVBudget([rank], 100 * MIB, max_tokens=4096)
+    groups = [Shape(16, 256)]
+    assert budget.fits(groups) and budget.bytes_on(0, groups) <= budget.bytes_limit(0)
 
 
 def test_a_state_space_layer_costs_the_same_at_every_length():

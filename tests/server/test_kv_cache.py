@@ -9,7 +9,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache,
 
 from server.errors import DisagreementError
 from server.frame import Admit, Frame, Join, Leave, Row
-from server.kv_budget import CacheCost
+from server.kv_budget import CacheCost, KVBudget, RankCost, Shape
 from server.kv_cache import KVCacheStore, is_mergeable, measure_cost
 from server.protocol import SamplingParams
 
@@ -179,3 +179,33 @@ def test_costs_of_windows_states_and_lists():
 def test_a_chunked_cache_makes_groups_of_one():
     assert not is_mergeable(ChunkedKVCache(64)) and not is_mergeable(CacheList(KVCache(), ChunkedKVCache(64)))
     assert is_mergeable(KVCache()) and is_mergeable(RotatingKVCache(max_size=8)) and is_mergeable(ArraysCache(1))
+
+
+def test_windows_hold_no_more_than_the_budget_counts_after_a_long_row_has_left():
+    window, head = 1024, (1, 2, 1, 8)
+    store = KVCacheStore(lambda: [RotatingKVCache(max_size=window), RotatingKVCache(max_size=window)])
+    token_bytes = 2 * 2 * 8 * 4
+    budget = KVBudget([RankCost([CacheCost(token_bytes, window)] * 2)], 1 << 30)
+
+    def prefill(sequence_id: int, length: int) -> None:
+        store.apply([Admit(sequence_id, length, SamplingParams())])
+        batch = store.batch_for(Frame(0, [], [Row(sequence_id, length)]), length)
+        for cache in batch.caches:
+            cache.update_and_fetch(*[mx.zeros((1, 2, length, 8))] * 2)
+
+    def decode(lengths: dict[int, int]) -> None:
+        rows = [Row(sequence_id, length) for sequence_id, length in lengths.items()]
+        for cache in store.batch_for(Frame(0, [], rows, 0), 1).caches:
+            cache.update_and_fetch(*[mx.zeros((len(rows), *head[1:]))] * 2)
+
+    prefill(0, 2000)
+    prefill(1, 100)
+    store.apply([Join(0, [0, 1])])
+    decode({0: 2001, 1: 101})
+    store.apply([Leave([0])])
+    for sequence_id in range(2, 8):
+        prefill(sequence_id, 100)
+    store.apply([Join(0, list(range(2, 8)))])
+    decode({1: 102} | dict.fromkeys(range(2, 8), 101))
+    store.count_bytes()
+    assert store.num_bytes == budget.bytes_on(0, [Shape(7, 102)]) == 7 * 256 * 2 * token_bytes

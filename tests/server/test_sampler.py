@@ -33,9 +33,11 @@ def support(params: SamplingParams, logits: np.ndarray, draws: int = 400) -> set
     return {draw(sampler, logits[None], [position])[0] for position in range(draws)}
 
 
-def test_temperature_zero_takes_the_likeliest():
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-9])
+def test_no_temperature_takes_the_likeliest(temperature: float):
     logits = random_logits(3)
-    assert draw(sampler_with(*[SamplingParams(temperature=0)] * 3), logits) == logits.argmax(-1).tolist()
+    params = [SamplingParams(temperature=temperature)] * 3 + [SamplingParams()]
+    assert draw(sampler_with(*params), np.vstack([logits, logits[:1]]))[:3] == logits.argmax(-1).tolist()
 
 
 def test_a_draw_depends_on_seed_and_position_only_not_on_the_batch():
