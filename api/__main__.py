@@ -20,6 +20,7 @@ from pathlib import Path
 
 import uvicorn
 
+from api.ports import check_port
 from api.runtime_files import API_FILE, AlreadyRunning, only_server_of, write_json
 from config import ConfigError, Settings, load_config
 from config.load import export_passthrough
@@ -87,6 +88,7 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
+            check_port(str(address[0]), port)
             listener.bind(address)
         except OSError as error:
             raise PortInUse(

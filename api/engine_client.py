@@ -129,7 +129,7 @@ class EngineClient:
         self.serving_since = None
         self.stats = None
         for generation in [generation for generation in self.generations.values() if generation.is_running]:
-            generation.is_running = False
+            generation.is_running = generation.is_prefilling = False
             generation.rings_lost += 1
             if generation.rings_lost >= MAX_RINGS_LOST:
                 lost = f"The ring was lost {MAX_RINGS_LOST} times while it worked on this request; the log says how."
@@ -201,7 +201,7 @@ class EngineClient:
             self.last_step_at = now
             # A long prompt gives nothing to its client for many steps, and yet each is progress.
             for generation in self.generations.values():
-                if generation.is_running:
+                if generation.is_prefilling:
                     generation.progressed_at = now
         elif stats.num_frames_in_flight == 0:
             self.last_step_at = now

@@ -33,6 +33,7 @@ class Generation:
     first_token_at: float | None = None
     last_token_at: float | None = None
     is_running: bool = False  # its prefill has begun on the ring that serves now
+    is_prefilling: bool = False  # and that ring has given it no token yet
     rings_lost: int = 0  # while this request was running
     _outputs: asyncio.Queue[SequenceOutput | ApiError] = field(default_factory=asyncio.Queue)
 
@@ -50,7 +51,7 @@ class Generation:
 
     def start(self, now: float) -> None:
         """The ring has begun with it."""
-        self.is_running = True
+        self.is_running = self.is_prefilling = True
         self.progressed_at = now
         if self.started_at is None:
             self.started_at = now
@@ -59,6 +60,7 @@ class Generation:
         """What a step gave it."""
         self.progressed_at = now
         if output.token_ids:
+            self.is_prefilling = False
             if self.first_token_at is None:
                 self.first_token_at = now
             self.last_token_at = now

@@ -22,7 +22,7 @@ from config.values import ApiKey
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = ("/health",)
+OPEN_PATHS = ("/health",)  # whose answer may depend on whether a key was shown
 _CLIENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -56,20 +56,21 @@ class ApiKeyCheck:
         self._keys = [(entry.label, _digest(entry.key.get_secret_value())) for entry in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_open = scope["type"] != "http" or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
-        if is_open or not self._keys:
+        if scope["type"] != "http" or not self._keys:
             await self.app(scope, receive, send)
             return
+        is_open = scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
         scheme, _, shown = Headers(scope=scope).get("authorization", "").partition(" ")
         label = self._label(shown.strip()) if scheme.lower() == "bearer" else None
-        if label is None:
+        if label is None and not is_open:
             if not shown:
                 message = "You didn't provide an API key. Send it in the header 'Authorization: Bearer YOUR_KEY'."
             else:
                 message = "Incorrect API key provided."
             await error_response(Unauthorized(message))(scope, receive, send)
             return
-        scope.setdefault("state", {})["api_key_label"] = label
+        if label is not None:
+            scope.setdefault("state", {})["api_key_label"] = label
         await self.app(scope, receive, send)
 
     def _label(self, shown: str) -> str | None:

@@ -160,7 +160,7 @@ Message = Annotated[
 
 def _token_ids(bias: dict[str, float]) -> dict[str, float]:
     for name in bias:
-        if not re.fullmatch(r"\d{1,9}", name, re.ASCII):
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", name):
             raise PydanticCustomError("token_id", "every key must be a token id of the model's vocabulary")
     return bias
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,11 +18,12 @@ from typing import IO, Literal
 
 from api.engine_client import RETRY_AFTER_S, EngineClient
 from api.errors import NotReady
+from api.ports import check_port
 from api.ring_process import RingProcess, end_ring
 from api.runtime_files import RING_FILE, AlreadyRunning, lock_port, write_json
 from api.tokenizer import ChatTokenizer
 from config import Settings
-from distributed.errors import DistributedError, ModelError
+from distributed.errors import DistributedError, ModelError, ModelUnavailable
 from distributed.hosts import RankHost, ring_hosts
 from distributed.launch import run_dir
 from server.protocol import Failed, Progress, RankInfo, Ready
@@ -89,6 +89,9 @@ class Supervisor:
                     await self._one_ring()
                 except RingLost as error:
                     lost = error
+                except Exception as error:  # the outermost frame of a ring
+                    logger.exception("an error that nobody expected")
+                    lost = self._lost(RingLost(f"an error that nobody expected: {_said(error)}"))
                 failures = 1 if lost.served and time.monotonic() - began > STABLE_S else failures + 1
                 if lost.permanent or (self.tokenizer is None and failures >= MAX_FAILED_STARTS):
                     self._give_up(lost.reason)
@@ -124,7 +127,7 @@ class Supervisor:
         self._engine.fail_all(NotReady(f"The server has failed: {reason}"))
 
     async def _one_ring(self) -> None:
-        """One ring from its start to its end. Always leaves by RingLost, or cancelled, with no process left."""
+        """One ring from its start to its end. Leaves by an error, RingLost where it was foreseen, or cancelled."""
         await end_ring(self._instance)  # what a crashed server may have left holds the ports
         socket_path = self._sockets / "rank0.sock"
         ring: RingProcess | None = None
@@ -133,8 +136,8 @@ class Supervisor:
                 self._take_ports(await asyncio.to_thread(ring_hosts, self._settings))
                 ring = await RingProcess.start(self._settings, socket_path, self._instance)
                 self._write_ring_file(ring)
-                async with asyncio.timeout(self._settings.start_timeout):
-                    ready = await self._until_ready(ring)
+                async with asyncio.timeout(self._settings.start_timeout) as start:
+                    ready = await self._until_ready(ring, start)
                     await self._load_tokenizer(ready)
                 ring.stop_spinning()
                 self._write_ring_file(ring, ready)
@@ -165,9 +168,11 @@ class Supervisor:
         if isinstance(error, RingLost):
             lost = error
         elif isinstance(error, DistributedError):
-            lost = RingLost(str(error), permanent=isinstance(error, ModelError))
+            permanent = isinstance(error, ModelError) and not isinstance(error, ModelUnavailable)
+            lost = RingLost(str(error), permanent=permanent)
         elif isinstance(error, TimeoutError):
-            lost = RingLost(f"not ready within START_TIMEOUT={self._settings.start_timeout:g} s; last: {self.detail}")
+            seconds = f"{self._settings.start_timeout:g}"
+            lost = RingLost(f"its start made no progress for START_TIMEOUT={seconds} s; last: {self.detail}")
         else:
             lost = RingLost(f"it cannot be started: {error}")
         lost.served = self.state == "ready"
@@ -175,14 +180,17 @@ class Supervisor:
         self._enter("starting" if self.tokenizer is None else "restarting", lost.reason)
         return lost
 
-    async def _until_ready(self, ring: RingProcess) -> Ready:
+    async def _until_ready(self, ring: RingProcess, start: asyncio.Timeout) -> Ready:
+        """Whatever is new gives the start START_TIMEOUT again: a large model may take hours to download."""
         while True:
             event = await self._next_event(ring)
             if isinstance(event, Ready):
                 return event
-            if isinstance(event, Progress):
+            ring.stop_spinning()  # the ring is formed, so no rank reads its stdin any more; loading wants the core
+            if isinstance(event, Progress) and event.detail != self.detail:
                 logger.info("%s", event.detail)
                 self._enter(self.state, event.detail)
+                start.reschedule(asyncio.get_running_loop().time() + self._settings.start_timeout)
 
     async def _until_lost(self, ring: RingProcess) -> None:
         while True:
@@ -218,8 +226,8 @@ class Supervisor:
             self.tokenizer = await asyncio.to_thread(
                 ChatTokenizer, path, trust_remote_code=self._settings.trust_remote_code
             )
-        except (OSError, ValueError) as error:
-            raise RingLost(f"{path}: the tokenizer cannot be loaded: {error}", permanent=True) from error
+        except Exception as error:  # the tokenizers library raises it bare for a damaged tokenizer.json
+            raise RingLost(f"{path}: the tokenizer cannot be loaded: {_said(error)}", permanent=True) from error
 
     def _write_ring_file(self, ring: RingProcess, ready: Ready | None = None) -> None:
         ranks = [{"rank": rank.rank, "host": rank.host, "pid": rank.pid} for rank in ready.ranks] if ready else []
@@ -236,15 +244,17 @@ def local_ports(hosts: Sequence[RankHost]) -> list[tuple[str, int]]:
 def check_ports(ports: Sequence[tuple[str, int]]) -> None:
     """Raises RingLost where something listens: MLX would share the port with it in silence."""
     for address, port in ports:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((address, port))
-            except OSError as error:
-                raise RingLost(
-                    f"ring port {port} on {address} cannot be used ({error.strerror}): end what uses it, or set "
-                    "RING_PORT to the first of free ports"
-                ) from error
+        try:
+            check_port(address, port)
+        except OSError as error:
+            raise RingLost(
+                f"ring port {port} on {address} cannot be used ({error.strerror}): end what uses it, or set "
+                "RING_PORT to the first of free ports"
+            ) from error
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _last_words(what: str, ring: RingProcess) -> str:

@@ -20,7 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_config, load_tokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from api.errors import ContextLengthExceeded, InvalidRequest
+from api.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from api.schemas import AssistantMessage, DeveloperMessage, Message, ToolMessage
 from api.text import TextStream
 
@@ -60,13 +60,18 @@ class ChatTokenizer:
         """The prompt's ids: the messages in the model's chat template, and the start of the answer.
 
         Control tokens that the messages' text spells out are encoded as text. Raises InvalidRequest where the template
-        cannot render the messages, ContextLengthExceeded where the text is surely longer than `max_tokens`.
+        cannot render the messages, UnsupportedParameter where it has no place for a field of theirs, and
+        ContextLengthExceeded where the text is surely longer than `max_tokens`.
         """
         if not self._tokenizer.has_chat_template:
             raise InvalidRequest("The served model has no chat template, so it cannot take messages.", param="messages")
         self._check_size(messages, max_tokens)
-        if not self._template_names("tool_calls") and any(_tool_calls(message) for message in messages):
-            raise InvalidRequest("The served model's chat template has no place for tool calls.", param="messages")
+        self._check_tools(messages)
+        token_ids = self._render(messages)
+        self._check_names(messages, token_ids)
+        return token_ids
+
+    def _render(self, messages: Sequence[Message]) -> list[int]:
         # A tokenizer with a renderer of its own has no such switch; those build ids without parsing text.
         options = {"sanitize_control_tokens": True} if self._renders_with_jinja else {}
         try:
@@ -108,6 +113,30 @@ class ChatTokenizer:
         if length > 4 * max_tokens * self._longest_token:
             raise context_length_exceeded(max_tokens, f"{length} characters")
 
+    def _check_tools(self, messages: Sequence[Message]) -> None:
+        if self._template_names("tool_calls"):  # such a template may know results by their order, without the id
+            return
+        for place, message in enumerate(messages):
+            if _tool_calls(message):
+                raise _no_place(f"messages[{place}].tool_calls")
+            if isinstance(message, ToolMessage) and not self._template_names("tool_call_id"):
+                raise _no_place(f"messages[{place}].tool_call_id")
+
+    def _check_names(self, messages: Sequence[Message], token_ids: list[int]) -> None:
+        """Templates use names of some roles, or of none; only the prompt without them tells."""
+        # The first message with a name of each role.
+        first_places = {message.role: place for place, message in reversed(list(enumerate(messages))) if message.name}
+        for role, place in first_places.items():
+            nameless = [
+                message.model_copy(update={"name": None}) if message.role == role else message for message in messages
+            ]
+            try:
+                is_used = self._render(nameless) != token_ids
+            except InvalidRequest:  # the template insists on names
+                is_used = True
+            if not is_used:
+                raise _no_place(f"messages[{place}].name")
+
     def _template_names(self, word: str) -> bool:
         """Whether the template's source names `word`; True where there is no source to look at."""
         return not self._renders_with_jinja or word in str(self._tokenizer.chat_template)
@@ -117,7 +146,7 @@ class ChatTokenizer:
         if isinstance(message, DeveloperMessage) and not self._template_names("developer"):
             role = "system"
         fields: dict[str, Any] = {"role": role, "content": message.text}
-        if message.name is not None:
+        if message.name:
             fields["name"] = message.name
         if isinstance(message, ToolMessage):
             fields["tool_call_id"] = message.tool_call_id
@@ -133,6 +162,10 @@ def context_length_exceeded(max_tokens: int, resulted_in: str) -> ContextLengthE
         f"{resulted_in}. Please reduce the length of the messages.",
         param="messages",
     )
+
+
+def _no_place(name: str) -> UnsupportedParameter:
+    return UnsupportedParameter(f"The served model's chat template has no place for '{name}'.", param=name)
 
 
 def _tool_calls(message: Message) -> list[dict[str, Any]]:

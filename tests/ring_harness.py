@@ -27,6 +27,7 @@ from server.protocol import (
     Configure,
     Failed,
     FromEngine,
+    Progress,
     Ready,
     SamplingParams,
     SequenceOutput,
@@ -87,6 +88,9 @@ class RingUnderTest:
             raise TimeoutError(f"nothing from rank 0 for {timeout_s} s; its log:\n{self.log.read_text()}") from None
         if isinstance(message, Stats):
             self.stats = message
+        if isinstance(message, (Progress, Ready)) and self.launcher.stdin is not None:
+            self.launcher.stdin.write(b"\n")  # mlx.launch stops spinning when it finds that nobody reads
+            self.launcher.stdin.flush()
         return message
 
     def wait_ready(self) -> Ready:
@@ -108,6 +112,13 @@ class RingUnderTest:
             if isinstance(message, Stats) and condition(message):
                 return message
         raise TimeoutError(f"no such stats; the last: {self.stats}")
+
+    def wait_log(self, words: str, timeout_s: float = 10) -> None:
+        """Until the ranks' log, which mlx.launch relays, holds `words`."""
+        deadline = time.monotonic() + timeout_s
+        while words not in self.log.read_text():
+            assert time.monotonic() < deadline, f"no {words!r} in:\n{self.log.read_text()}"
+            time.sleep(0.05)
 
     def wait_end(self) -> list[FromEngine]:
         messages = []

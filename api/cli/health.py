@@ -27,8 +27,12 @@ def fetch_health(settings: Settings, timeout_s: float = 5.0) -> Health | None:
     """The body of /health, whatever its status code; None where nothing of ours answers."""
     # A proxy of the environment must not get in between.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(f"{base_url(settings)}/health")
+    if settings.api_keys:  # without one it says no details
+        key = settings.api_keys[0].key.get_secret_value()
+        request.add_header("Authorization", f"Bearer {key}".encode().decode("latin-1"))
     try:
-        with opener.open(f"{base_url(settings)}/health", timeout=timeout_s) as answer:
+        with opener.open(request, timeout=timeout_s) as answer:
             body = answer.read()
     except urllib.error.HTTPError as error:
         with error:

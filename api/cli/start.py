@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from api.cli.processes import find_api
 from api.cli.progress import Progress
 from api.cli.stop import end_everything
 from api.cli.workers import worker_model
+from api.ports import check_port
 from api.processes import ring_processes
 from config import ConfigError, Settings, load_config
 from config.load import export_passthrough
@@ -32,7 +32,7 @@ from distributed.launch import instance_id, run_dir
 from distributed.workers import check_workers
 
 POLL_S = 0.2
-TIMEOUT_SLACK_S = 60.0  # the api itself ends a start after START_TIMEOUT; this is for one that hangs
+TIMEOUT_SLACK_S = 60.0  # the api itself ends a start that makes no progress; this is for an api that hangs
 OUTPUT_FILE = "api.out"
 REASON_LINES = 12
 
@@ -104,17 +104,13 @@ def _start(root: Path, settings: Settings) -> int:
 
 def check_api_port(settings: Settings) -> None:
     """Raises ConfigError where the port cannot be listened on; the api checks too, but later and less in the open."""
-    family = socket.AF_INET6 if ":" in settings.api_host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.api_host, settings.api_port))
-        except OSError as error:
-            raise ConfigError(
-                f"API_HOST={settings.api_host}, API_PORT={settings.api_port}: cannot listen there"
-                f" ({error.strerror}{_who_listens(settings.api_port)}). Stop that program, or set another API_PORT in"
-                " .env"
-            ) from error
+    try:
+        check_port(settings.api_host, settings.api_port)
+    except OSError as error:
+        raise ConfigError(
+            f"API_HOST={settings.api_host}, API_PORT={settings.api_port}: cannot listen there"
+            f" ({error.strerror}{_who_listens(settings.api_port)}). Stop that program, or set another API_PORT in .env"
+        ) from error
 
 
 def _who_listens(port: int) -> str:
@@ -160,7 +156,8 @@ def _wait_until_ready(root: Path, settings: Settings, process: subprocess.Popen[
     """Raises StartFailed with the reason."""
     progress = Progress()
     log_start = _size(root / LOG_FILE)
-    deadline = time.monotonic() + settings.start_timeout + TIMEOUT_SLACK_S
+    patience_s = settings.start_timeout + TIMEOUT_SLACK_S
+    shown, deadline = "", time.monotonic() + patience_s
     while time.monotonic() < deadline:
         health = fetch_health(settings, timeout_s=2.0)
         status = health["status"] if health else "starting"
@@ -173,10 +170,13 @@ def _wait_until_ready(root: Path, settings: Settings, process: subprocess.Popen[
         if health and status in ("failed", "stopping"):
             progress.end()
             raise StartFailed(health.get("detail") or status)
-        progress.show((health or {}).get("detail") or "starting the api process")
+        detail = (health or {}).get("detail") or "starting the api process"
+        if detail != shown:
+            shown, deadline = detail, time.monotonic() + patience_s
+        progress.show(detail)
         time.sleep(POLL_S)
     progress.end()
-    raise StartFailed(f"it was not ready within START_TIMEOUT={settings.start_timeout:g} s")
+    raise StartFailed(f"it made no progress for START_TIMEOUT={settings.start_timeout:g} s; last: {shown}")
 
 
 def _last_words(root: Path, log_start: int) -> str:

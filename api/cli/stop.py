@@ -6,6 +6,7 @@ SIGKILL. Called by launch.sh, and by start when it fails.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -51,11 +52,14 @@ def end_everything(root: Path, *, drain: bool = True) -> int:
 
 
 def _end_api(api: psutil.Process, drain_s: float) -> None:
-    """The api drains on SIGTERM; a second one would be ignored. Killed when it takes longer than it may."""
+    """The api drains on a signal, and skips that on a second one. Killed when it takes longer than it may."""
+    # Two of a kind may arrive as one.
+    signals = [signal.SIGTERM] if drain_s > 0 else [signal.SIGTERM, signal.SIGINT]
     if drain_s > 0:
         print(f"stopping (requests that run may take up to {drain_s:.0f} s to end)")
     try:
-        api.terminate()
+        for signal_number in signals:
+            api.send_signal(signal_number)
         api.resume()  # a stopped process gets no SIGTERM
         api.wait(drain_s + API_END_GRACE_S)
     except psutil.NoSuchProcess:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 router = APIRouter()
 T = TypeVar("T")
 
+MAX_LOGGED = 64  # characters of a client's word that the log repeats
+
 
 @router.post("/v1/chat/completions")
 async def create_chat_completion(request: Request) -> Response:
@@ -37,7 +39,7 @@ async def create_chat_completion(request: Request) -> Response:
     generation, tokenizer = await service.prepare(chat)
     service.engine.submit(generation)
     completion = Completion(chat, generation, tokenizer, service.engine)
-    label = getattr(request.state, "api_key_label", None)
+    sender = _sender(getattr(request.state, "api_key_label", None), chat)
     headers = {}
     if ignored:
         logger.warning("%s: ignored unknown fields: %s", generation.request_id, ", ".join(ignored))
@@ -46,14 +48,14 @@ async def create_chat_completion(request: Request) -> Response:
         try:
             answer = await _unless_the_client_leaves(request, completion.whole())
         finally:
-            _log(completion, label)
+            _log(completion, sender)
         return Response(answer.to_json(), media_type="application/json", headers=headers)
 
     chunks = completion.chunks()
 
     async def end() -> None:
         await chunks.aclose()
-        _log(completion, label)
+        _log(completion, sender)
 
     try:
         # What goes wrong before the first token still becomes an HTTP status.
@@ -96,7 +98,14 @@ async def _left(request: Request) -> None:
         pass
 
 
-def _log(completion: Completion, label: str | None) -> None:
+def _sender(label: str | None, chat: ChatCompletionRequest) -> str:
+    """For the log. What the client says is in quotes and escaped, so it cannot make a line of its own."""
+    said = {"user": chat.user, "safety_identifier": chat.safety_identifier}
+    words = [f" {name}={value[:MAX_LOGGED]!r}" for name, value in said.items() if value]
+    return "".join([f" key={label}" if label else "", *words])
+
+
+def _log(completion: Completion, sender: str) -> None:
     """The one line of a request."""
     performance, generation = completion.performance, completion.generation
     outcome = completion.finish_reason or "none, the client left"
@@ -107,7 +116,7 @@ def _log(completion: Completion, label: str | None) -> None:
         "total_time=%.3fs finish_reason=%s",
         generation.request_id,
         completion.model,
-        f" key={label}" if label else "",
+        sender,
         len(generation.prompt_token_ids),
         completion.completion_tokens,
         performance.time_to_first_token,

@@ -1,6 +1,7 @@
-"""GET /health: 200 when requests are served, 503 when not, and always what the ring is doing.
+"""GET /health: 200 when requests are served, 503 when not, and what the ring is doing.
 
-Open without an API key, so it holds nothing secret. Read by launch.sh, by load balancers and by people.
+Open to all for its state; where there are API keys, the details (paths, hosts, last words of a rank) are only for those
+who show one. Read by launch.sh, by load balancers and by people.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ async def health(request: Request) -> Response:
     ready = engine.ready if is_ready else None
     report = {
         "status": supervisor.state,
-        "detail": supervisor.detail,
         "model": service.settings.model_name,
         "uptime_s": round(time.time() - service.started_at, 3),
-        "max_sequence_length": ready.max_sequence_length if ready else None,
-        "kv_cache_tokens": ready.kv_cache_tokens if ready else None,
-        "requests": {"running": engine.num_running, "waiting": engine.num_waiting},
-        "ranks": [msgspec.to_builtins(rank) for rank in supervisor.ranks],
     }
+    if not service.settings.api_keys or hasattr(request.state, "api_key_label"):
+        report |= {
+            "detail": supervisor.detail,
+            "max_sequence_length": ready.max_sequence_length if ready else None,
+            "kv_cache_tokens": ready.kv_cache_tokens if ready else None,
+            "requests": {"running": engine.num_running, "waiting": engine.num_waiting},
+            "ranks": [msgspec.to_builtins(rank) for rank in supervisor.ranks],
+        }
     headers = {} if is_ready else {"Retry-After": str(RETRY_AFTER_S)}
     return JSONResponse(report, 200 if is_ready else 503, headers)

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from api.cli.health import fetch_health
 from config import Settings
 from tests.api.served_app import BODY, run, served
 
@@ -129,6 +130,23 @@ def test_only_those_who_show_a_key_are_served_and_logs_know_its_label(
             assert (await asking).status_code == 200
             assert "key=alice" in caplog.text
             assert "secret-a" not in caplog.text
+
+    run(test())
+
+
+def test_health_tells_its_details_to_those_who_show_a_key(tmp_path: Path, tiny_chat_model: Path):
+    keys = Settings.model_validate({"api_keys": "alice:secret-a,secret-b"}).api_keys
+
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model, api_keys=keys) as app:
+            app.supervisor.state, app.supervisor.detail = "failed", "/a/path is broken"
+            for headers in ({}, {"authorization": "Bearer wrong"}):
+                answer = await app.http.get("/health", headers=headers)
+                assert answer.status_code == 503
+                assert set(answer.json()) == {"status", "model", "uptime_s"}
+            settings = Settings(api_port=int(app.url.rpartition(":")[2]), api_keys=keys)
+            health = await asyncio.to_thread(fetch_health, settings)
+            assert health and health["detail"] == "/a/path is broken" and health["ranks"]
 
     run(test())
 

@@ -354,11 +354,12 @@ def test_each_request_leaves_one_line_in_the_log(
         async with served(tmp_path, tiny_chat_model) as app:
             caplog.set_level("INFO", "api")
             caplog.clear()
-            asking = post(app)
+            asking = post(app, user="someone\n" + "x" * 100)
             submit = await app.answer("one")
             await asking
             (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("api")]
             for part in (submit.request_id, "model=tiny", "prompt_tokens=", "finish_reason=stop", "tokens_per_second="):
                 assert part in line
+            assert "user='someone\\nxx" in line and "x" * 60 not in line
 
     run(test())

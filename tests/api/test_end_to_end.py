@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper, load
@@ -154,6 +155,10 @@ def test_the_sdk_raises_what_it_raises_at_openai(server: RunningServer, fields: 
     assert text_of(ask(server, max_tokens=1)) is not None  # and the server goes on
 
 
+def health_with_key(server: RunningServer) -> dict[str, Any]:
+    return httpx.get(f"{server.url}/health", headers={"authorization": "Bearer secret"}).json()
+
+
 def test_keys_and_the_queue_s_limit_hold_on_a_real_server(running_server: StartServer):
     server = running_server(RING_SIZE=1, API_KEYS="me:secret", MAX_CONCURRENT_REQUESTS=1, MAX_QUEUED_REQUESTS=1)
     fields: Any = {"model": server.model, "messages": HELLO, "temperature": 0}
@@ -164,7 +169,8 @@ def test_keys_and_the_queue_s_limit_hold_on_a_real_server(running_server: StartS
     next(iter(stream))
     with ThreadPoolExecutor() as threads:
         waiting = threads.submit(lambda: sdk.chat.completions.create(**fields, max_tokens=2))
-        server.wait_until(lambda health: health["requests"] == {"running": 1, "waiting": 1}, "full", timeout_s=10)
+        full = {"running": 1, "waiting": 1}
+        server.wait_until(lambda _: health_with_key(server)["requests"] == full, "full", timeout_s=10)
         with pytest.raises(RateLimitError) as raised:
             sdk.chat.completions.create(**fields, max_tokens=2)
         assert int(raised.value.response.headers["retry-after"]) > 0

@@ -330,6 +330,27 @@ def test_a_long_prompt_makes_progress_with_every_step(client: EngineClient, cloc
     run(test())
 
 
+def test_steps_for_others_are_no_progress_of_an_answer_that_has_begun(
+    client: EngineClient, clock: Clock, tmp_path: Path
+):
+    async def test() -> None:
+        async with connected(client, tmp_path) as engine:
+            request = generation()
+            client.submit(request)
+            await engine.read()
+            engine.step(request.request_id, 11, start=True)
+            await until(lambda: request.output_token_ids == [11])
+            clock.now = 9
+            stats = Stats([], 1, 0, num_frames_in_flight=1, num_steps=5)
+            engine.send(stats)
+            await until(lambda: client.stats == stats)
+            clock.now = 11
+            client.expire()
+            assert client.generations == {}
+
+    run(test())
+
+
 def test_where_no_ring_will_come_every_request_is_told(client: EngineClient):
     async def test() -> None:
         requests = [generation()]

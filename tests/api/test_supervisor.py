@@ -1,14 +1,33 @@
+import asyncio
+import logging
+import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import msgspec
 import pytest
 
 from api.engine_client import EngineClient
 from api.errors import NotReady
 from api.supervisor import RingLost, Supervisor, check_ports, local_ports
 from config import Settings
+from distributed.errors import ModelError, ModelUnavailable
 from distributed.hosts import RankHost
+from server.protocol import Progress
+from tests.api.fake_engine import READY
 from tests.running_server import free_ports
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Any:
+    """Whose ring never runs. Any: the tests put scripted parts into it."""
+    engine = EngineClient({}, max_queued_requests=1, request_timeout_s=1)
+    made = Supervisor(Settings(project_root=tmp_path, start_timeout=7), engine, "test")
+    yield made
+    made.close()
 
 
 def host(rank: int, *ports: int, ssh: str | None = None) -> RankHost:
@@ -36,11 +55,64 @@ def test_only_the_ports_of_this_machine_s_ranks_are_ours_to_check():
     assert local_ports([host(0, 5000)]) == []  # a ring of one listens nowhere
 
 
-def test_nothing_is_accepted_before_a_ring_was_ready(tmp_path: Path):
-    engine = EngineClient({}, max_queued_requests=1, request_timeout_s=1)
-    supervisor = Supervisor(Settings(project_root=tmp_path), engine, "test")
+def test_a_listener_on_all_addresses_has_the_port_of_each():
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        with pytest.raises(RingLost):
+            check_ports([("127.0.0.1", other.getsockname()[1])])
+
+
+def test_nothing_is_accepted_before_a_ring_was_ready(supervisor: Any):
     with pytest.raises(NotReady, match="The server is starting") as raised:
         supervisor.accepting()
     assert raised.value.retry_after_s
     assert list(supervisor.ranks) == []
-    supervisor.close()
+
+
+def test_an_error_nobody_expected_is_a_lost_ring_and_not_the_end_of_the_server(
+    supervisor: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    async def one_ring() -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(supervisor, "_one_ring", one_ring)
+    monkeypatch.setattr("api.supervisor.LONGEST_BACKOFF_S", 0)
+    asyncio.run(supervisor.run())
+    assert supervisor.state == "failed" and "KeyError: 'a bug'" in supervisor.detail
+    assert "Traceback" in caplog.text
+
+
+def test_a_model_that_is_wrong_stays_wrong_and_a_network_recovers(supervisor: Any):
+    assert supervisor._lost(ModelError("no such model")).permanent
+    assert not supervisor._lost(ModelUnavailable("no network")).permanent
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda _: "{", lambda text: text.replace('"BPE"', '"XYZ"'), lambda _: "{}"], ids=["cut", "kind", "empty"]
+)
+def test_a_damaged_tokenizer_is_said_and_not_tried_again(
+    supervisor: Any, tiny_chat_model: Path, tmp_path: Path, damage: Callable[[str], str]
+):
+    folder = Path(shutil.copytree(tiny_chat_model, tmp_path / "damaged"))
+    (folder / "tokenizer.json").write_text(damage((folder / "tokenizer.json").read_text()))
+    ready = msgspec.structs.replace(READY, model_path=str(folder))
+    with pytest.raises(RingLost, match="damaged: the tokenizer cannot be loaded") as raised:
+        asyncio.run(supervisor._load_tokenizer(ready))
+    assert raised.value.permanent
+
+
+def test_a_start_may_take_as_long_as_it_makes_progress(supervisor: Any, caplog: pytest.LogCaptureFixture):
+    async def test() -> list[float]:
+        for event in (Progress("1 %"), Progress("1 %"), Progress("2 %"), Progress("2 %"), READY):
+            supervisor._engine.life.put_nowait(event)
+        now = asyncio.get_running_loop().time()
+        deadlines: list[float] = []
+        start = SimpleNamespace(reschedule=deadlines.append)
+        assert await supervisor._until_ready(SimpleNamespace(has_exited=False), start) == READY
+        return [deadline - now for deadline in deadlines]
+
+    caplog.set_level(logging.INFO, "api")
+    extended = asyncio.run(test())
+    assert len(extended) == 2 and min(extended) >= supervisor._settings.start_timeout
+    assert [record.getMessage() for record in caplog.records] == ["1 %", "2 %"]

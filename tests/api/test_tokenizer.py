@@ -88,13 +88,38 @@ def test_a_developer_is_the_system_where_the_template_knows_no_developer(
 def test_tool_calls_need_a_place_in_the_template(tokenizer: ChatTokenizer, tiny_chat_model: Path, tmp_path: Path):
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     turns = messages(user("hi"), {"role": "assistant", "content": None, "tool_calls": [call]})
-    with pytest.raises(InvalidRequest, match="no place for tool calls"):
+    with pytest.raises(InvalidRequest, match="no place") as raised:
         tokenizer.encode_chat(turns, 2048)
+    assert raised.value.param == "messages[1].tool_calls"
+    result = messages(user("hi"), {"role": "tool", "tool_call_id": "1", "content": "2"})
+    with pytest.raises(InvalidRequest, match="no place") as raised:
+        tokenizer.encode_chat(result, 2048)
+    assert raised.value.param == "messages[1].tool_call_id"
     template = (
         "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments.a + 1 }}{% endfor %}{% endfor %}"
     )
     knows = ChatTokenizer(copy_of(tiny_chat_model, tmp_path, template))
     assert knows.encode_chat(turns, 2048) == load(tiny_chat_model).encode("2", add_special_tokens=False)
+    by_id = ChatTokenizer(copy_of(tiny_chat_model, tmp_path / "by id", "{{ messages[1].tool_call_id }}"))
+    assert by_id.encode_chat(result, 2048)
+
+
+def test_a_name_is_used_or_refused(tokenizer: ChatTokenizer, tiny_chat_model: Path, tmp_path: Path):
+    nameless = messages({**user("hi"), "name": None}, {"role": "assistant", "content": "ho", "name": None}, user("x"))
+    assert tokenizer.encode_chat(nameless, 2048)
+    named = messages(user("hi"), {"role": "assistant", "content": "ho", "name": "B"}, {**user("x"), "name": "A"})
+    with pytest.raises(InvalidRequest, match="no place"):
+        tokenizer.encode_chat(named, 2048)
+    # A template may use those of some roles only, or insist on them.
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.name + ':' }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    of_users = ChatTokenizer(copy_of(tiny_chat_model, tmp_path, template))
+    assert of_users.encode_chat(messages({**user("hi"), "name": "A"}), 2048)
+    with pytest.raises(InvalidRequest, match="no place") as raised:
+        all_named = [{**user("hi"), "name": "A"}, {"role": "assistant", "content": "ho", "name": "B"}]
+        of_users.encode_chat(messages(*all_named), 2048)
+    assert raised.value.param == "messages[1].name"
 
 
 def test_megabytes_are_refused_before_they_are_tokenized(tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch):

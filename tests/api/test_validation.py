@@ -129,6 +129,7 @@ def test_a_documented_field_that_is_not_done_is_named(field: str, value: Any):
         ({"stop": "x" * 1025}, "string_above_max_length", "stop"),
         ({"logit_bias": {"x": 1}}, "invalid_value", "logit_bias"),
         ({"logit_bias": {"-1": 1}}, "invalid_value", "logit_bias"),
+        ({"logit_bias": {"1": 1, "01": 1}}, "invalid_value", "logit_bias"),
         ({"logit_bias": {"7": 101}}, "decimal_above_max_value", "logit_bias.7"),
         ({"stream": "yes"}, "invalid_type", "stream"),
         ({"stream_options": {"include_usage": True}}, "invalid_value", "stream_options"),

@@ -245,7 +245,13 @@ def test_start_after_a_crash_ends_what_is_left_and_serves(project: LaunchedProje
 
 def test_an_interrupted_start_leaves_nothing(project: LaunchedProject):
     argv = [str(project.root / "launch.sh"), "start"]
-    with subprocess.Popen(argv, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as starting:
+    with subprocess.Popen(
+        argv,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits it ignored
+    ) as starting:
         deadline = time.monotonic() + 60
         while not project.ranks():
             assert time.monotonic() < deadline and starting.poll() is None

@@ -14,7 +14,7 @@ from tests.ring_harness import ROOT, RingUnderTest, python, running_ring
 
 pytestmark = pytest.mark.ring
 
-MAX_TOKENS = 20
+MAX_TOKENS = 12
 QUESTIONS = [
     "What is the capital of France?",
     "Write a haiku about the sea.",

@@ -131,16 +131,13 @@ def test_a_stopped_rank_is_noticed_by_its_silence(tiny_chat_model: Path):
         ring.wait_end()
         for rank in (0, 2):
             ranks[ready.ranks[rank].pid].wait(timeout=15)
-        assert "silent" in ring.log.read_text()
+        ring.wait_log("has been silent")
 
 
 def test_an_idle_ring_sleeps(tiny_chat_model: Path):
     """3 ranks, mlx.launch included; 2 s of one core in 20 s would be the spinning this is about."""
     with running_ring(tiny_chat_model, 3) as ring:
         ring.wait_ready()
-        assert ring.launcher.stdin is not None
-        ring.launcher.stdin.write(b"\n")  # lets mlx.launch notice that nobody reads there
-        ring.launcher.stdin.flush()
         processes = ring.processes()
         ring.wait_stats(lambda stats: True)
         used = [-sum(process.cpu_times()[:2]) for process in processes]
@@ -207,16 +204,17 @@ def test_the_kv_keys_bound_what_the_ranks_allocate(tiny_chat_model: Path):
         ready = ring.wait_ready()
         assert (ready.kv_cache_tokens, ready.max_sequence_length) == (512, 256)
         limits = [info.kv_cache_bytes_limit for info in ready.ranks]
-        names = [f"request-{index}" for index in range(4)]
+        names = [f"request-{index}" for index in range(16)]
         for name in names:
-            ring.submit(name, list(range(3, 43)), 150)
-        ring.wait_stats(lambda stats: stats.num_running == 2 and stats.num_waiting == 2)
+            ring.submit(name, list(range(3, 43)), 200)
         seen = [0, 0]
-        ended = 0
+        running = ended = 0
         while ended < len(names):
             match ring.next():
                 case Stats(ranks=ranks):
                     seen = [max(most, info.kv_cache_bytes) for most, info in zip(seen, ranks, strict=True)]
-                case StepOutput(outputs=outputs):
+                case StepOutput(outputs=outputs, started=started):
+                    running += len(started) - sum(output.finish_reason is not None for output in outputs)
                     ended += sum(output.finish_reason is not None for output in outputs)
-        assert seen == limits, "two requests of one block each fill the cache exactly, and no rank exceeds it"
+                    assert running <= 2, "two requests of one block each fill the cache, the others wait"
+        assert seen == limits
