@@ -186,8 +186,10 @@ class Supervisor:
             event = await self._next_event(ring)
             if isinstance(event, Ready):
                 return event
+            if event is None:
+                continue
             ring.stop_spinning()  # the ring is formed, so no rank reads its stdin any more; loading wants the core
-            if isinstance(event, Progress) and event.detail != self.detail:
+            if event.detail != self.detail:
                 logger.info("%s", event.detail)
                 self._enter(self.state, event.detail)
                 start.reschedule(asyncio.get_running_loop().time() + self._settings.start_timeout)

@@ -109,7 +109,8 @@ def test_a_start_may_take_as_long_as_it_makes_progress(supervisor: Any, caplog: 
         now = asyncio.get_running_loop().time()
         deadlines: list[float] = []
         start = SimpleNamespace(reschedule=deadlines.append)
-        assert await supervisor._until_ready(SimpleNamespace(has_exited=False), start) == READY
+        ring = SimpleNamespace(has_exited=False, stop_spinning=lambda: None)
+        assert await supervisor._until_ready(ring, start) == READY
         return [deadline - now for deadline in deadlines]
 
     caplog.set_level(logging.INFO, "api")
