@@ -19,8 +19,8 @@ SHORT_SPIN = "4"
 def prefer_openblas(local_ranks: int = 1) -> bool:
     """Load OpenBLAS for this process, which shares the machine with `local_ranks` - 1 others.
 
-    Every rank may use all cores: with one frame in flight only one of them computes at a time (two ranks on two cores:
-    1.26 times the tokens/s of one thread a rank, docs/performance.md).
+    Every rank may use all cores: with one frame in flight only one of them computes at a time (docs/performance.md,
+    "Threads").
 
     Returns False where there is none to load (then MLX's own BLAS serves) or none is needed.
     """
