@@ -1,7 +1,7 @@
 """The KV caches of one rank: of sequences being prefilled, and of groups that decode together.
 
 mlx-lm's cache classes do the work; this module decides when, one cache at a time: evaluating a whole join, leave or
-growth at once peaks at up to 2.5 times the group's bytes, layer by layer at 1.18 (measured for the design; a test holds 1.3). It
+growth at once peaks at up to 2.5 times the group's bytes, layer by layer below 1.3 (a test holds it). It
 changes only as frames say and holds no policy. Lengths are kept beside the caches so that a rank whose state is not
 what rank 0 thinks is found out at once.
 """
