@@ -49,7 +49,10 @@ class Settings(BaseSettings):
     kv_cache_reserved_memory_mb: v.Count = 2048
     kv_cache_max_size: v.OptionalCount = None
     max_sequence_length: v.OptionalCount = None
+    kv_cache_bits: v.CacheBits = None
+    prefix_cache: v.Switch = True
     prefill_chunk_tokens: v.AutoCount = None
+    micro_batch_groups: v.AutoCount = None
     max_concurrent_requests: v.AutoCount = None
     max_queued_requests: v.CountOrZero = 256
     # requests

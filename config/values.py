@@ -41,6 +41,10 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+
 def _size(value: Any) -> Any:
     return int(_BYTE_SIZE.validate_python(value)) if isinstance(value, str) else value
 
@@ -121,6 +125,10 @@ Count = Annotated[_Positive, Expects("a whole number, 1 or more")]
 CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(_not_bool), Expects("a whole number, 0 or more")]
 OptionalCount = Annotated[_Positive | None, Expects("a whole number, 1 or more, or nothing")]
 AutoCount = Annotated[_Positive | None, _word("auto", None), Expects("a whole number, 1 or more, or auto")]
+CacheBits = Annotated[
+    Annotated[Literal[8, 4], BeforeValidator(_whole), BeforeValidator(_not_bool)] | None,
+    Expects("8 or 4, or nothing for the model's own precision"),
+]
 CountsPerRank = Annotated[
     tuple[_Positive, ...],
     BeforeValidator(_items),

@@ -53,6 +53,8 @@ class Pipeline:
         self.inbox = inbox
         self._report = report
         self.on_reports: Callable[[list[bytes]], None] | None = None  # rank 0: every rank's latest state
+        self.receiving_s = 0.0  # evaluating recvs since the start; each of the two has one thread that writes it
+        self.sending_s = 0.0  # the same of sends, the wait for a credit left out
         self._left, self._right = left, right
         self._outbox: queue.SimpleQueue[tuple[bytes, Sequence[mx.array]]] = queue.SimpleQueue()
         self._credits = threading.Semaphore(INBOX_SLOTS)
@@ -120,7 +122,7 @@ class Pipeline:
                     self._take_leave()
                     return
                 case Envelope(header=header, tensors=tensors):
-                    self.inbox.put(Arrival(header, self.ring.receive(tensors) if tensors else []))
+                    self.inbox.put(Arrival(header, self._receive(tensors)))
                 case Heartbeat(reports=reports):
                     self._reports_from_left = reports
                     if self.on_reports is not None:
@@ -129,6 +131,14 @@ class Pipeline:
                     self._laps.put(message)
                 case _:
                     raise RingError(f"rank {left.peer} sent {type(message).__name__} the wrong way round the ring")
+
+    def _receive(self, tensors: Sequence[TensorSpec]) -> list[mx.array]:
+        if not tensors:
+            return []
+        began = time.perf_counter()
+        arrays = self.ring.receive(tensors)
+        self.receiving_s += time.perf_counter() - began
+        return arrays
 
     def _take_leave(self) -> None:
         self._is_closing.set()
@@ -162,9 +172,11 @@ class Pipeline:
         while True:
             header, arrays = self._outbox.get()
             self._credits.acquire()
+            began = time.perf_counter()
             right.send(Envelope(header, [tensor_spec(array) for array in arrays]))
             if arrays:
                 self.ring.send(arrays)
+            self.sending_s += time.perf_counter() - began
 
     def _beat_forever(self) -> None:
         while True:

@@ -15,47 +15,84 @@ from server.protocol import SamplingParams
 
 
 class Admit(msgspec.Struct, tag="admit", frozen=True, array_like=True):
-    """A new sequence: gets empty caches of its own to be prefilled into."""
+    """A new sequence: gets caches of its own to be prefilled into, empty ones or a prefix that is kept.
+
+    `num_cached_tokens` of the entry `entry_id` are where it starts. `cached_token_ids` are those tokens, for the
+    sampler's counts; given only where a penalty of the request wants them.
+    """
 
     sequence_id: int
     num_prompt_tokens: int
     sampling: SamplingParams
+    entry_id: int | None = None
+    num_cached_tokens: int = 0
+    cached_token_ids: list[int] = []
+    takes_entry: bool = False  # the entry goes with it: there is no room for both
 
 
 class Join(msgspec.Struct, tag="join", frozen=True, array_like=True):
-    """Prefilled sequences become the next rows of a group, which is made if there is none."""
+    """Sequences that are in no group become the next rows of one, which is made if there is none."""
 
     group_id: int
     sequence_ids: list[int]
 
 
-class Leave(msgspec.Struct, tag="leave", frozen=True, array_like=True):
-    """These sequences end, wherever they are: rows of a group, or not joined yet. A group without rows is gone."""
+class Detach(msgspec.Struct, tag="detach", frozen=True, array_like=True):
+    """Rows of groups become sequences of their own again, to join another group. A group without rows is gone."""
 
     sequence_ids: list[int]
 
 
-Operation = Admit | Join | Leave
+class Leave(msgspec.Struct, tag="leave", frozen=True, array_like=True):
+    """These sequences end, wherever they are: rows of a group, or in none. A group without rows is gone."""
+
+    sequence_ids: list[int]
+
+
+class Keep(msgspec.Struct, tag="keep", frozen=True, array_like=True):
+    """What a sequence's caches hold now, `length` tokens, is kept as the entry `entry_id` of the prefix cache.
+
+    With `leaves` the sequence ends with it, as in `Leave`, layer by layer: there need not be room for both.
+    """
+
+    entry_id: int
+    sequence_id: int
+    length: int
+    leaves: bool = False
+
+
+class Drop(msgspec.Struct, tag="drop", frozen=True, array_like=True):
+    """These entries of the prefix cache go."""
+
+    entry_ids: list[int]
+
+
+Operation = Admit | Join | Detach | Leave | Keep | Drop
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
-    """One sequence's part in a step. `length` is what its caches hold after the step, in tokens: ranks check it."""
+    """One sequence's part in a step: `num_tokens` run, `length` is what its caches hold afterwards; ranks check it.
+
+    The token ids' tensor is as wide as the longest row; the others are padded at their right.
+    """
 
     sequence_id: int
     length: int
+    num_tokens: int = 1
 
 
 class Frame(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One step of one micro-batch. `rows` are in the order of the group's rows (or the one sequence being prefilled).
+    """One step of one micro-batch. `rows` are in the order of the group's rows, or the sequences being prefilled.
 
-    Prefill frames (`group_id` None) run part of one prompt and give no token; decode frames run one token a row and
-    give the next. A frame without rows only changes caches.
+    Prefill frames (`group_id` None) run the next part of one prompt, or of several short ones, and give no token;
+    decode frames run one token a row and give the next. A frame without rows only changes caches.
     """
 
     frame_id: int
     operations: list[Operation] = []
     rows: list[Row] = []
     group_id: int | None = None
+    after_idle: bool = False  # the ring had nothing to do before: what a rank waited for it is no bubble
 
 
 class StepHeader(msgspec.Struct, tag="step", frozen=True):
@@ -63,12 +100,14 @@ class StepHeader(msgspec.Struct, tag="step", frozen=True):
 
     frame: Frame
     message: Any = None  # structure of the upstream stage's output, see distributed.shard
+    stage_seconds: list[float] = []  # what each stage so far took for it
 
 
 class ResultHeader(msgspec.Struct, tag="result", frozen=True):
     """Header of what the last rank returns to rank 0. Tensor: sampled ids (rows,), where the frame sampled."""
 
     frame_id: int
+    stage_seconds: list[float] = []  # what each stage took for it, in rank order
 
 
 Header = StepHeader | ResultHeader

@@ -13,7 +13,7 @@ import struct
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct(">I")
 
@@ -34,6 +34,11 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     frequency_penalty: float = 0.0  # over the output
     logit_bias: dict[int, float] = {}
     seed: int = 0  # 64 bits; the api draws one for a request that names none
+
+    @property
+    def has_penalties(self) -> bool:
+        """True if earlier tokens matter to a draw."""
+        return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
 
 
 # -- api to rank 0 ---------------------------------------------------------------------------------------------------
@@ -56,6 +61,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     max_tokens_given: bool  # False: the client named no limit, so memory for all of it is not set aside
     stop_token_ids: list[int]  # a sampled id of these ends the sequence (it is delivered, the api does not show it)
     output_token_ids: list[int] = []
+    priority: int = 0  # smaller goes first; among equals first come, first served
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):
@@ -80,6 +86,22 @@ class Progress(msgspec.Struct, tag="progress", frozen=True):
     detail: str
 
 
+class StageCounters(msgspec.Struct, frozen=True, array_like=True):
+    """What one rank did since it got ready, totals. The seconds are of its compute thread but for the last two.
+
+    `busy_s` computing; `idle_s` waiting while the ring had nothing to do; `bubble_s` waiting while frames were in
+    flight elsewhere; `receiving_s` and `sending_s` moving tensors, in threads of their own beside the computing.
+    """
+
+    busy_s: float = 0.0
+    idle_s: float = 0.0
+    bubble_s: float = 0.0
+    receiving_s: float = 0.0
+    sending_s: float = 0.0
+    num_frames: int = 0
+    num_tokens: int = 0
+
+
 class RankInfo(msgspec.Struct, frozen=True):
     """One rank, as /health shows it. Bytes are what MLX holds at the moment, not estimates."""
 
@@ -92,6 +114,8 @@ class RankInfo(msgspec.Struct, frozen=True):
     kv_cache_bytes_limit: int
     peak_memory_bytes: int = 0
     state: str = "ready"  # or what it is doing at start-up
+    prefix_cache_bytes: int = 0  # of kv_cache_bytes, what the prefix cache's entries hold
+    counters: StageCounters = StageCounters()
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
@@ -114,11 +138,31 @@ class SequenceOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str | None = None
 
 
+class Started(msgspec.Struct, frozen=True, array_like=True):
+    """A request's prefill began: the end of its queueing. `num_cached_tokens` of its prompt need not be computed."""
+
+    request_id: str
+    num_cached_tokens: int
+
+
 class StepOutput(msgspec.Struct, tag="step", frozen=True):
-    """Everything one step produced. `started` are the requests whose prefill began (the end of their queueing)."""
+    """Everything one step produced."""
 
     outputs: list[SequenceOutput] = []
-    started: list[str] = []
+    started: list[Started] = []
+
+
+class SchedulerCounters(msgspec.Struct, frozen=True, array_like=True):
+    """What the scheduler holds and did since the start."""
+
+    num_groups: int = 0  # micro-batch groups now
+    num_kv_tokens: int = 0  # tokens set aside now for running requests
+    num_prefix_entries: int = 0
+    num_prefix_tokens: int = 0  # held by the prefix cache now
+    num_prompt_tokens: int = 0  # totals, of requests that started
+    num_cached_tokens: int = 0  # of them found in the prefix cache
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
 
 
 class Stats(msgspec.Struct, tag="stats", frozen=True):
@@ -129,6 +173,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     num_waiting: int
     num_frames_in_flight: int = 0
     num_steps: int = 0  # frames completed since the start; frames in flight while this stands still are a wedge
+    counters: SchedulerCounters = SchedulerCounters()
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):

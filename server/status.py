@@ -11,7 +11,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import msgspec
 
-from server.protocol import RankInfo
+from server.protocol import RankInfo, StageCounters
 
 READY = "ready"
 
@@ -25,6 +25,8 @@ class RankStatus:
         self.layers: tuple[int, int] = (0, 0)
         self.kv_cache_bytes_limit = 0
         self.kv_cache_bytes: Callable[[], int] = int
+        self.prefix_cache_bytes: Callable[[], int] = int
+        self.counters: Callable[[], StageCounters] = StageCounters
         self.state = "starting"
 
     def info(self) -> RankInfo:
@@ -38,6 +40,8 @@ class RankStatus:
             kv_cache_bytes_limit=self.kv_cache_bytes_limit,
             peak_memory_bytes=mx.get_peak_memory(),
             state=self.state,
+            prefix_cache_bytes=self.prefix_cache_bytes(),
+            counters=self.counters(),
         )
 
     def report(self) -> bytes:

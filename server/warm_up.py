@@ -22,7 +22,7 @@ def warm_up(stage: Stage, pipeline: Pipeline, vocab_size: int, num_tokens: int =
     admit = Admit(_SEQUENCE_ID, num_tokens, SamplingParams(temperature=0.0))
     prompt = [[token_id % vocab_size for token_id in range(num_tokens)]]
     for frame, token_ids in (
-        (Frame(-3, [admit], [Row(_SEQUENCE_ID, num_tokens)]), prompt),
+        (Frame(-3, [admit], [Row(_SEQUENCE_ID, num_tokens, num_tokens)], after_idle=True), prompt),
         (Frame(-2, [Join(-1, [_SEQUENCE_ID])], [Row(_SEQUENCE_ID, num_tokens + 1)], group_id=-1), [[0]]),
         (Frame(-1, [Leave([_SEQUENCE_ID])]), []),
     ):

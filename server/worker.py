@@ -7,13 +7,14 @@ from __future__ import annotations
 from typing import NoReturn
 
 from distributed.pipeline import Pipeline
+from server.counters import StageClock
 from server.errors import DisagreementError
 from server.frame import StepHeader, decode_header, encode_header
 from server.stage import Stage
 
 
-def run_worker(stage: Stage, pipeline: Pipeline) -> NoReturn:
-    """Serve frames for ever.
+def run_worker(stage: Stage, pipeline: Pipeline, clock: StageClock) -> NoReturn:
+    """Serve frames for ever; `clock` is told where the time went.
 
     Raises:
         DisagreementError: a frame does not fit this rank's state; the ring has to start again.
@@ -24,5 +25,7 @@ def run_worker(stage: Stage, pipeline: Pipeline) -> NoReturn:
         header = decode_header(arrival.header)
         if not isinstance(header, StepHeader):
             raise DisagreementError(f"a worker got a {type(header).__name__}")
+        clock.waited(is_bubble=not header.frame.after_idle)
         outgoing, arrays = stage.run(header, arrival.arrays)
         pipeline.send(encode_header(outgoing), arrays)
+        clock.computed(header.frame)
