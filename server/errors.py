@@ -2,6 +2,7 @@
 
 ServerError
 ├── BudgetError        the KV keys cannot hold one request; the message names the key to change
+├── CacheError         the model's caches cannot be quantized as KV_CACHE_BITS asks
 └── DisagreementError  a rank's caches are not what rank 0 thinks they are (a bug: the ring is restarted)
 """
 
@@ -12,6 +13,10 @@ class ServerError(Exception):
 
 class BudgetError(ServerError):
     """The KV cache as configured cannot hold one request; the message names the key to change."""
+
+
+class CacheError(ServerError):
+    """The model's caches cannot be quantized as KV_CACHE_BITS asks; the message says why and what to do."""
 
 
 class DisagreementError(ServerError):

@@ -7,16 +7,29 @@ from their one compute thread.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
-from distributed.shard.message import pack_message, unpack_message
+from distributed.shard.message import StageMessage, pack_message, unpack_message
 from distributed.shard.stage_model import StageModel
+from server.cache_ops import Cache, measure_cost, uncopyable_class
+from server.errors import DisagreementError
 from server.frame import Admit, Frame, Header, Leave, ResultHeader, StepHeader
-from server.kv_budget import RankCost
-from server.kv_cache import KVCacheStore, measure_cost
+from server.kv_budget import MIB, RankCost
+from server.kv_cache import KVCacheStore
+from server.quantization import quantized_make_cache
 from server.sampler import Sampler
+
+logger = logging.getLogger(__name__)
+
+# What MLX may keep of freed buffers, without which a long run on a Mac keeps growing. It has to hold what a decode step
+# frees, so that the next one allocates nothing: mostly some float32 copies of the logits (32 rows of 256k: 32 MiB).
+# What prefill and rearranged caches free is given back at once.
+BUFFER_CACHE_BYTES = 256 * MIB
 
 
 class Stage:
@@ -24,14 +37,24 @@ class Stage:
 
     Args:
         model: the loaded stage.
+        kv_cache_bits: 8 or 4 to keep keys and values in so many bits, None to keep them as they are.
+
+    Raises:
+        CacheError: this model's caches cannot be quantized.
     """
 
-    def __init__(self, model: StageModel) -> None:
+    def __init__(self, model: StageModel, kv_cache_bits: int | None = None) -> None:
         self._model = model
-        self.caches = KVCacheStore(model.make_cache, can_batch=model.can_batch)
-        dry_output, dry_caches = model.dry_run()
+        make_cache = model.make_cache if kv_cache_bits is None else quantized_make_cache(model, kv_cache_bits)
+        self.caches = KVCacheStore(make_cache, can_batch=model.can_batch)
+        dry_output, dry_caches = model.dry_run(make_cache())
         self.cache_cost: RankCost = measure_cost(dry_caches, can_batch=model.can_batch)
+        if not self.cache_cost.can_keep:
+            unknown = next(filter(None, map(uncopyable_class, dry_caches)))
+            logger.info("the prefix cache is off: %s cannot be copied", unknown)
         self._sampler = Sampler(dry_output.shape[-1]) if model.is_last else None
+        default_limit = mx.set_cache_limit(BUFFER_CACHE_BYTES)
+        mx.set_cache_limit(min(BUFFER_CACHE_BYTES, default_limit))  # the CPU backend's own is 32 MiB
 
     def run(self, header: StepHeader, arrays: Sequence[mx.array]) -> tuple[Header, list[mx.array]]:
         """Run one frame.
@@ -41,37 +64,55 @@ class Stage:
             arrays: token ids (rows, tokens) int32, then the message's arrays; none for a frame without rows.
 
         Returns:
-            Header and evaluated arrays for the right neighbour: the next stage's, or on the last rank the result.
+            Header and evaluated arrays for the right neighbour: the next stage's, or on the last rank the result. The
+            header's `stage_seconds` end with what the rows took here.
+
+        Raises:
+            DisagreementError: the frame does not fit this rank's caches.
         """
         frame = header.frame
         self.caches.apply(frame.operations)
         self._tell_sampler(frame)
-        if not frame.rows:
-            self.caches.count_bytes()
-            return (ResultHeader(frame.frame_id) if self._model.is_last else header), []
+        started = time.perf_counter()
+        structure, outgoing = self._run_rows(header, arrays) if frame.rows else (None, [])
+        stage_seconds = [*header.stage_seconds, time.perf_counter() - started]
+        if self._model.is_last:
+            return ResultHeader(frame.frame_id, stage_seconds), outgoing
+        return StepHeader(frame, structure, stage_seconds), [*arrays[:1], *outgoing]
+
+    def _run_rows(self, header: StepHeader, arrays: Sequence[mx.array]) -> tuple[Any, list[mx.array]]:
+        """Structure and evaluated arrays of what this stage gives for the frame's rows."""
+        frame = header.frame
         token_ids, *incoming = arrays
+        if token_ids.shape != (expected := (len(frame.rows), max(row.num_tokens for row in frame.rows))):
+            raise DisagreementError(f"frame {frame.frame_id} has token ids {token_ids.shape} for rows {expected}")
         message = None if self._model.is_first else unpack_message(header.message, incoming)
-        batch = self.caches.batch_for(frame, token_ids.shape[1])
-        output = self._model(token_ids, message, batch.caches)
+        with self.caches.running(frame) as caches:
+            structure, outgoing = self._forward(frame, token_ids, message, caches)
+        if frame.group_id is None:
+            mx.clear_cache()  # a chunk's temporaries are far larger than a decode step's
+        return structure, outgoing
+
+    def _forward(
+        self, frame: Frame, token_ids: mx.array, message: StageMessage | None, caches: list[Cache]
+    ) -> tuple[Any, list[mx.array]]:
+        """The model's step, evaluated. A function of its own so that nothing lazy is left of it."""
+        output = self._model(token_ids, message, caches)
         if self._model.is_last:
             structure, outgoing = None, self._sample(frame, token_ids, output)
         else:
             outgoing, structure = pack_message(output)
-        mx.eval(outgoing, [cache.state for cache in batch.caches])
-        self.caches.count_bytes()
-        if frame.group_id is None:
-            mx.clear_cache()  # a chunk's temporaries are far larger than a decode step's
-        if self._model.is_last:
-            return ResultHeader(frame.frame_id), outgoing
-        return StepHeader(frame, structure), [token_ids, *outgoing]
+        mx.eval(outgoing, [cache.state for cache in caches])
+        return structure, outgoing
 
     def _tell_sampler(self, frame: Frame) -> None:
         if self._sampler is None:
             return
         for operation in frame.operations:
             match operation:
-                case Admit(sequence_id=sequence_id, sampling=sampling, num_prompt_tokens=num_prompt_tokens):
-                    self._sampler.admit(sequence_id, sampling, num_prompt_tokens)
+                case Admit(sequence_id=sequence_id):
+                    self._sampler.admit(sequence_id, operation.sampling, operation.num_prompt_tokens)
+                    self._sampler.observe(sequence_id, operation.cached_token_ids)
                 case Leave(sequence_ids=sequence_ids):
                     for sequence_id in sequence_ids:
                         self._sampler.forget(sequence_id)
@@ -81,9 +122,9 @@ class Stage:
         assert self._sampler is not None
         sequence_ids = [row.sequence_id for row in frame.rows]
         if self._sampler.wants_tokens(sequence_ids):
-            rows: list[list[int]] = token_ids.tolist()  # type: ignore[assignment]
-            for sequence_id, row in zip(sequence_ids, rows, strict=True):
-                self._sampler.observe(sequence_id, row)
+            ids: list[list[int]] = token_ids.tolist()  # type: ignore[assignment]
+            for row, row_ids in zip(frame.rows, ids, strict=True):
+                self._sampler.observe(row.sequence_id, row_ids[: row.num_tokens])
         if frame.group_id is None:
             return []
         # The token drawn after `length` cached ones has that index.

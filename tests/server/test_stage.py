@@ -7,6 +7,8 @@ those). What comes out must be what the model says to each prompt alone.
 from __future__ import annotations
 
 import itertools
+import time
+from collections import deque
 from typing import Any
 
 import mlx.core as mx
@@ -16,10 +18,11 @@ from mlx_lm.models.cache import make_prompt_cache
 from distributed.partition import LayerRange
 from distributed.shard.hooks import decoder_layers
 from distributed.shard.stage_model import StageModel
-from server.frame import Admit, ResultHeader, StepHeader, decode_header, encode_header
+from server.errors import DisagreementError
+from server.frame import Admit, Frame, Join, Keep, Leave, ResultHeader, Row, StepHeader, decode_header, encode_header
 from server.kv_budget import MIB, KVBudget
 from server.protocol import SamplingParams, Submit
-from server.scheduler import Scheduler
+from server.scheduler import Scheduler, SchedulerOptions
 from server.stage import Stage
 from tests.distributed.tiny_models import build
 
@@ -43,43 +46,74 @@ def alone(architecture: str, prompt: list[int], max_tokens: int) -> list[int]:
 class Ring:
     """The stages of `size` ranks, one after the other."""
 
-    def __init__(self, architecture: str, size: int) -> None:
+    def __init__(self, architecture: str, size: int, *, build: Any = build, kv_cache_bits: int | None = None) -> None:
         num_layers = len(decoder_layers(build(architecture)))
         bounds = [num_layers * rank // size for rank in range(size + 1)]
         ranges = [LayerRange(start, end) for start, end in itertools.pairwise(bounds)]
-        self.stages = [Stage(StageModel(build(architecture), layer_range)) for layer_range in ranges]
+        self.stages = [Stage(StageModel(build(architecture), layers), kv_cache_bits) for layers in ranges]
         self.budget = KVBudget([stage.cache_cost for stage in self.stages], 64 * MIB)
 
-    def run(self, header: StepHeader, arrays: list[mx.array]) -> list[int]:
+    def run(self, frame: Frame, token_ids: list[list[int]] | None = None) -> tuple[list[int], list[float]]:
+        """One frame through all stages: the sampled ids, and what each stage took."""
+        width = max(map(len, token_ids or [[]]))
+        padded = [row + [0] * (width - len(row)) for row in token_ids or []]
+        header, arrays = StepHeader(frame), [mx.array(padded, dtype=mx.int32)] if padded else []
         for stage in self.stages:
             outgoing, arrays = stage.run(header, arrays)
             outgoing = decode_header(encode_header(outgoing))
             if isinstance(outgoing, ResultHeader):
-                return arrays[0].tolist() if arrays else []  # type: ignore[return-value]
+                sampled: list[int] = arrays[0].tolist() if arrays else []  # type: ignore[assignment]
+                return sampled, outgoing.stage_seconds
             header = outgoing
         raise AssertionError("the last stage gave no result")
 
 
-def serve(ring: Ring, requests: list[Submit], *, every: int = 2) -> dict[str, list[int]]:
-    """Run `requests`, a new one every few steps, so that they join and leave at different times."""
-    scheduler = Scheduler(ring.budget, max_sequence_length=512, max_running=8, prefill_chunk_tokens=16)
-    waiting = list(requests)
-    outputs: dict[str, list[int]] = {request.request_id: [] for request in requests}
-    steps = 0
-    while True:
-        if waiting and steps % every == 0:
-            scheduler.add(waiting.pop(0))
-        step = scheduler.schedule()
-        steps += 1
-        if step is None:
-            if not waiting:
+class Server:
+    """A scheduler on a ring, with a few frames in flight. `outputs`: what each request got so far."""
+
+    def __init__(self, ring: Ring, *, num_groups: int | None = None, prefix_cache: bool = False) -> None:
+        self.ring = ring
+        options = SchedulerOptions(
+            max_sequence_length=512,
+            max_running=8,
+            num_stages=len(ring.stages),
+            chunk_tokens=16,
+            num_groups=num_groups,
+            prefix_cache=prefix_cache,
+        )
+        self.scheduler = Scheduler(ring.budget, options)
+        self.outputs: dict[str, list[int]] = {}
+        self.frames: list[Frame] = []
+        self._in_flight: deque[tuple[int, tuple[list[int], list[float]]]] = deque()
+
+    def serve(self, requests: list[Submit], *, every: int = 2) -> dict[str, list[int]]:
+        """Run `requests`, a new one every few steps, so that they join and leave at different times."""
+        waiting = list(requests)
+        self.outputs |= {request.request_id: [] for request in requests}
+        for step in itertools.count():
+            if waiting and step % every == 0:
+                self.scheduler.add(waiting.pop(0))
+            launched = self._launch()
+            if not launched and self._in_flight:
+                self._complete()
+            elif not launched and not waiting:
                 break
-            continue
-        ids = [mx.array(step.token_ids, dtype=mx.int32)] if step.frame.rows else []
-        for output in scheduler.complete(step.frame.frame_id, ring.run(StepHeader(step.frame), ids)):
-            outputs[output.request_id] += output.token_ids
-    assert all(stage.caches.num_bytes == 0 for stage in ring.stages)
-    return outputs
+        return self.outputs
+
+    def _launch(self) -> bool:
+        if (step := self.scheduler.schedule()) is None:
+            return False
+        self.frames.append(step.frame)
+        self._in_flight.append((step.frame.frame_id, self.ring.run(step.frame, step.token_ids)))
+        return True
+
+    def _complete(self) -> None:
+        frame_id, (sampled, stage_seconds) = self._in_flight.popleft()
+        for output in self.scheduler.complete(frame_id, sampled, stage_seconds, sum(stage_seconds)):
+            self.outputs[output.request_id] += output.token_ids
+
+    def operations(self, kind: type) -> list[Any]:
+        return [operation for frame in self.frames for operation in frame.operations if isinstance(operation, kind)]
 
 
 def requests(**options: Any) -> list[Submit]:
@@ -87,27 +121,109 @@ def requests(**options: Any) -> list[Submit]:
     return [Submit(name, prompt, max_tokens=MAX_TOKENS[name], **options) for name, prompt in PROMPTS.items()]
 
 
+def expected(architecture: str) -> dict[str, list[int]]:
+    return {name: alone(architecture, PROMPTS[name], MAX_TOKENS[name]) for name in PROMPTS}
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kind_of_cache_gives_each_request_what_it_gets_alone(architecture: str, size: int):
-    expected = {name: alone(architecture, PROMPTS[name], MAX_TOKENS[name]) for name in PROMPTS}
-    assert serve(Ring(architecture, size), requests()) == expected
+    ring = Ring(architecture, size)
+    assert Server(ring, num_groups=size).serve(requests()) == expected(architecture)
+    assert all(stage.caches.num_bytes == 0 for stage in ring.stages)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_second_turn_starts_from_the_first_and_says_what_it_says_alone(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+):
+    for module in ("server.prefix_cache", "server.admission"):
+        monkeypatch.setattr(f"{module}.MIN_TOKENS", 4)
+    server = Server(Ring(architecture, 2), prefix_cache=True)
+    first_turns = server.serve(requests())
+    assert first_turns == expected(architecture)
+    monkeypatch.setattr("tests.server.test_stage.PROMPTS", {n: PROMPTS[n] + first_turns[n] + [7, 8] for n in PROMPTS})
+    assert server.serve(requests()) == expected(architecture)
+    num_cached = {admit.num_prompt_tokens: admit.num_cached_tokens for admit in server.operations(Admit)}
+    for name, turn in first_turns.items():
+        assert num_cached[len(PROMPTS[name])] >= len(PROMPTS[name]) - 2 - len(turn), "the first prompt and more"
+    assert all(stage.caches.num_bytes == stage.caches.prefix_bytes > 0 for stage in server.ring.stages)
 
 
 def test_a_preempted_request_says_what_it_would_have_said(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("server.scheduler.GROWTH_TOKENS", 8)
+    monkeypatch.setattr("server.admission.GROWTH_TOKENS", 8)
     ring = Ring("llama", 2)
     ring.budget = KVBudget([stage.cache_cost for stage in ring.stages], 64 * MIB, max_tokens=768)
-    monkeypatch.setitem(MAX_TOKENS, "b", 240)
-    monkeypatch.setitem(MAX_TOKENS, "d", 260)
-    admitted: list[int] = []
-    original = Stage.run
+    monkeypatch.setitem(MAX_TOKENS, "b", 280)
+    monkeypatch.setitem(MAX_TOKENS, "d", 270)
+    server = Server(ring)
+    assert server.serve(requests(max_tokens_given=False)) == expected("llama")
+    assert len(server.operations(Admit)) > len(PROMPTS), "somebody was admitted twice"
 
-    def watched(self: Stage, header: StepHeader, arrays: Any) -> Any:
-        admitted.extend(op.sequence_id for op in header.frame.operations if isinstance(op, Admit))
-        return original(self, header, arrays)
 
-    monkeypatch.setattr(Stage, "run", watched)
-    expected = {name: alone("llama", PROMPTS[name], MAX_TOKENS[name]) for name in PROMPTS}
-    assert serve(ring, requests(max_tokens_given=False)) == expected
-    assert len(admitted) > 2 * len(PROMPTS), "somebody was admitted twice"
+GREEDY = SamplingParams(temperature=0)
+PENALIZED = SamplingParams(temperature=0, repetition_penalty=5.0, frequency_penalty=1.0)
+
+
+def first_tokens(ring: Ring, frames: list[tuple[Frame, list[list[int]]]]) -> list[int]:
+    """What the last of `frames` samples."""
+    return [ring.run(frame, token_ids)[0] for frame, token_ids in frames][-1]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, PENALIZED])
+def test_prompts_in_one_pack_give_what_they_give_one_by_one(sampling: SamplingParams):
+    """Penalties see that the padding, token 0, is not taken for part of a prompt."""
+    prompts = [[5, 6, 7], list(range(1, 21)), [9]]
+    admit = [Admit(i, len(prompt) + 1, sampling) for i, prompt in enumerate(prompts)]
+    pack = Frame(0, [*admit], [Row(i, len(prompt), len(prompt)) for i, prompt in enumerate(prompts)])
+    one_by_one = [Frame(0, [admit[i]], [row]) for i, row in enumerate(pack.rows)]
+    last = Frame(1, [Join(0, [0, 1, 2])], [Row(i, len(prompt) + 1) for i, prompt in enumerate(prompts)], 0)
+    last_ids = [[3], [4], [5]]
+    single = [(frame, [prompt]) for frame, prompt in zip(one_by_one, prompts, strict=True)]
+    together = first_tokens(Ring("llama4_text", 2), [(pack, prompts), (last, last_ids)])
+    assert together == first_tokens(Ring("llama4_text", 2), [*single, (last, last_ids)])
+
+
+def test_penalties_count_the_tokens_of_a_kept_prefix():
+    prompt = [5, 6, 7, 8]
+    whole = [
+        (Frame(0, [Admit(0, 4, PENALIZED)], [Row(0, 3, 3)]), [prompt[:3]]),
+        (Frame(1, [Keep(9, 0, 3), Join(0, [0])], [Row(0, 4)], 0), [[prompt[3]]]),
+    ]
+    cached = [
+        (Frame(2, [Admit(1, 4, PENALIZED, 9, 3, prompt[:3]), Join(1, [1])], [Row(1, 4)], 1), [[prompt[3]]]),
+    ]
+    ring = Ring("llama", 2)
+    sampler: Any = ring.stages[-1]._sampler
+    assert first_tokens(ring, whole) == first_tokens(ring, cached)
+    of_whole, of_cached = sampler._requests[0], sampler._requests[1]
+    assert (of_whole.is_seen == of_cached.is_seen).all() and of_cached.is_seen.sum() == 4
+    assert of_whole.num_seen == of_cached.num_seen == 4
+
+
+def test_every_stage_adds_what_the_rows_took():
+    ring = Ring("llama", 3)
+    started = time.perf_counter()
+    _, seconds = ring.run(Frame(0, [Admit(0, 4, GREEDY)], [Row(0, 3, 3)]), [[5, 6, 7]])
+    assert len(seconds) == 3 and all(s > 0 for s in seconds) and sum(seconds) < time.perf_counter() - started
+    _, seconds = ring.run(Frame(1, [Leave([0])]))
+    assert len(seconds) == 3 and sum(seconds) < 0.01
+
+
+def test_token_ids_that_do_not_fit_their_rows_are_refused():
+    ring = Ring("llama", 1)
+    with pytest.raises(DisagreementError, match=r"token ids \(1, 3\) for rows \(1, 2\)"):
+        ring.run(Frame(0, [Admit(0, 4, GREEDY)], [Row(0, 2, 2)]), [[5, 6, 7]])
+
+
+def test_a_stage_says_which_cache_switches_the_prefix_cache_off(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO"):
+        assert Stage(whole("llama")).cache_cost.can_keep
+        assert not caplog.messages
+        assert not Stage(whole("deepseek_v41")).cache_cost.can_keep
+    assert caplog.messages == ["the prefix cache is off: LayerCache cannot be copied"]
+
+
+def whole(architecture: str) -> StageModel:
+    model = build(architecture)
+    return StageModel(model, LayerRange(0, len(decoder_layers(model))))
