@@ -7,6 +7,8 @@ idle ring costs nothing. It holds no policy: who runs is the scheduler's busines
 from __future__ import annotations
 
 import queue
+import time
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import mlx.core as mx
@@ -15,6 +17,7 @@ from msgspec import structs
 from distributed.fatal import flush_and_exit
 from distributed.pipeline import Arrival, Pipeline
 from server.api_link import ApiLink
+from server.counters import StageClock
 from server.frame import ResultHeader, StepHeader, decode_header, encode_header
 from server.protocol import Cancel, SequenceOutput, Shutdown, Stats, StepOutput, Submit
 from server.scheduler import Scheduler, Step
@@ -22,6 +25,27 @@ from server.stage import Stage
 from server.status import READY, decode_reports
 
 _GOODBYE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What any request must keep: ids out of range would corrupt memory on MLX's CPU backend."""
+
+    vocab_size: int
+    max_sequence_length: int  # prompt + completion, tokens
+
+    def problem_of(self, submit: Submit) -> str | None:
+        """Why a request cannot be served, or None."""
+        token_ids = [*submit.prompt_token_ids, *submit.output_token_ids]
+        if not submit.prompt_token_ids:
+            return "the prompt is empty"
+        if not (0 <= min(token_ids) and max(token_ids) < self.vocab_size):
+            return f"a token id is outside the vocabulary of {self.vocab_size}"
+        if not all(0 <= token_id < self.vocab_size for token_id in submit.sampling.logit_bias):
+            return f"a token id of logit_bias is outside the vocabulary of {self.vocab_size}"
+        if len(token_ids) >= self.max_sequence_length:
+            return f"{len(token_ids)} tokens leave no room for an answer within {self.max_sequence_length}"
+        return None
 
 
 class Engine:
@@ -33,29 +57,36 @@ class Engine:
         pipeline: Pipeline,
         scheduler: Scheduler,
         api: ApiLink,
-        *,
-        vocab_size: int,
-        max_sequence_length: int,
+        clock: StageClock,
+        limits: RequestLimits,
     ) -> None:
         self._stage = stage
         self._pipeline = pipeline
         self._scheduler = scheduler
         self._api = api
-        self._vocab_size = vocab_size
-        self._max_sequence_length = max_sequence_length
+        self._clock = clock
+        self._limits = limits
+        self._launched_at: dict[int, float] = {}  # frames in flight: seconds of time.perf_counter
         self._num_steps = 0
         self._stats = Stats([], num_running=0, num_waiting=0)  # read by the heartbeat's thread
 
     def run(self) -> NoReturn:
         inbox: queue.SimpleQueue[Any] = self._pipeline.inbox
         while True:
-            self._handle(inbox.get())
-            while not inbox.empty():
-                self._handle(inbox.get())
+            event = inbox.get()
+            self._clock.waited(is_bubble=self._scheduler.num_frames_in_flight > 0)
+            self._handle(event)
+            self._drain(inbox)
             while (step := self._scheduler.schedule()) is not None:
                 self._note_stats()
                 self._launch(step)
+                self._drain(inbox)
             self._note_stats()
+
+    def _drain(self, inbox: queue.SimpleQueue[Any]) -> None:
+        """What came meanwhile may change what should run next."""
+        while not inbox.empty():
+            self._handle(inbox.get())
 
     def _handle(self, event: Submit | Cancel | Shutdown | Arrival) -> None:
         match event:
@@ -73,9 +104,12 @@ class Engine:
         """Run a step's first stage and send it on its way; it comes back to the inbox as an Arrival."""
         if step.started:
             self._api.send(StepOutput(started=step.started))
-        token_ids = [mx.array(step.token_ids, dtype=mx.int32)] if step.frame.rows else []
-        header, arrays = self._stage.run(StepHeader(step.frame), token_ids)
+        frame = step.frame
+        self._launched_at[frame.frame_id] = time.perf_counter()
+        token_ids = [_padded(step.token_ids)] if frame.rows else []
+        header, arrays = self._stage.run(StepHeader(frame), token_ids)
         self._pipeline.send(encode_header(header), arrays)
+        self._clock.computed(frame)
 
     def _take_result(self, arrival: Arrival) -> None:
         self._pipeline.acknowledge()
@@ -83,27 +117,15 @@ class Engine:
         if not isinstance(header, ResultHeader):
             raise TypeError(f"the last rank sent a {type(header).__name__}")
         sampled: list[int] = arrival.arrays[0].tolist() if arrival.arrays else []  # type: ignore[assignment]
-        outputs = self._scheduler.complete(header.frame_id, sampled)
+        round_trip_s = time.perf_counter() - self._launched_at.pop(header.frame_id)
+        outputs = self._scheduler.complete(header.frame_id, sampled, header.stage_seconds, round_trip_s)
         self._num_steps += 1
         if outputs:
             self._api.send(StepOutput(outputs=outputs))
 
     def _submit(self, submit: Submit) -> None:
-        """Queue a request, or answer why it cannot be served: an id out of range would corrupt memory on the CPU
-        backend.
-        """
-        num_tokens = len(submit.prompt_token_ids) + len(submit.output_token_ids)
-        token_ids = [*submit.prompt_token_ids, *submit.output_token_ids]
-        error = None
-        if not submit.prompt_token_ids:
-            error = "the prompt is empty"
-        elif not all(0 <= token_id < self._vocab_size for token_id in token_ids):
-            error = f"a token id is outside the vocabulary of {self._vocab_size}"
-        elif not all(0 <= token_id < self._vocab_size for token_id in submit.sampling.logit_bias):
-            error = f"a token id of logit_bias is outside the vocabulary of {self._vocab_size}"
-        elif num_tokens >= self._max_sequence_length:
-            error = f"{num_tokens} tokens leave no room for an answer within {self._max_sequence_length}"
-        if error is not None:
+        """Queue a request, or answer why it cannot be served."""
+        if (error := self._limits.problem_of(submit)) is not None:
             self._api.send(StepOutput([SequenceOutput(submit.request_id, finish_reason="error", error=error)]))
         else:
             self._scheduler.add(submit)
@@ -115,6 +137,7 @@ class Engine:
             num_waiting=self._scheduler.num_waiting,
             num_frames_in_flight=self._scheduler.num_frames_in_flight,
             num_steps=self._num_steps,
+            counters=self._scheduler.counters(),
         )
 
     def send_stats(self, reports: list[bytes]) -> None:
@@ -123,3 +146,9 @@ class Engine:
         if any(info.state != READY for info in ranks):  # said before the ring was ready, and still on its way round
             return
         self._api.send(structs.replace(self._stats, ranks=ranks))
+
+
+def _padded(token_ids: list[list[int]]) -> mx.array:
+    """(rows, longest) int32, shorter rows padded at their right."""
+    width = max(map(len, token_ids))
+    return mx.array([row + [0] * (width - len(row)) for row in token_ids], dtype=mx.int32)

@@ -37,10 +37,16 @@ class CacheCost(msgspec.Struct, frozen=True):
 
 
 class RankCost(msgspec.Struct, frozen=True):
-    """What the caches of one rank's layers cost, one entry a cache, and whether they can share a batch."""
+    """What the caches of one rank's layers cost, one entry a cache, and what can be done with them.
+
+    `batchable`: sequences can share a batch. `can_pack`: prompts of different lengths can be prefilled side by side,
+    padded at their right. `can_keep`: they can be copied, so that the prefix cache works.
+    """
 
     caches: list[CacheCost]
     batchable: bool = True
+    can_pack: bool = False
+    can_keep: bool = False
 
     def row_bytes(self, num_tokens: int) -> int:
         return sum(cache.row_bytes(num_tokens) for cache in self.caches)
@@ -57,6 +63,21 @@ class Shape(msgspec.Struct, frozen=True):
     longest: int  # tokens of its longest sequence
 
 
+class Usage(msgspec.Struct):
+    """Tokens and bytes of caches, added up over some of them."""
+
+    num_tokens: int
+    rank_bytes: list[int]  # on each rank
+
+    def add(self, other: Usage) -> None:
+        self.num_tokens += other.num_tokens
+        self.rank_bytes = [a + b for a, b in zip(self.rank_bytes, other.rank_bytes, strict=True)]
+
+    def subtract(self, other: Usage) -> None:
+        self.num_tokens -= other.num_tokens
+        self.rank_bytes = [a - b for a, b in zip(self.rank_bytes, other.rank_bytes, strict=True)]
+
+
 class KVBudget:
     """The limits of all ranks.
 
@@ -71,6 +92,8 @@ class KVBudget:
         self, ranks: list[RankCost], reserved_bytes: int, max_tokens: int | None = None, *, chunk_tokens: int = 1
     ) -> None:
         self._ranks = ranks
+        self._rows = [_merged(rank) for rank in ranks]
+        self._largest = [RankCost(list(set(rank.caches))) for rank in ranks]
         self._chunk_tokens = chunk_tokens
         self._reserved_bytes = reserved_bytes
         self._max_tokens = None if max_tokens is None else blocks(max_tokens)
@@ -81,9 +104,35 @@ class KVBudget:
         """False where some layer's cache cannot be merged with another's: then every group has one row."""
         return all(rank.batchable for rank in self._ranks)
 
+    @property
+    def can_pack(self) -> bool:
+        """True where prompts of different lengths can be prefilled side by side."""
+        return all(rank.can_pack for rank in self._ranks)
+
+    @property
+    def can_keep(self) -> bool:
+        """True where caches can be copied, so that prefixes can be kept."""
+        return all(rank.can_keep for rank in self._ranks)
+
+    def can_rewind(self, num_tokens: int, to: int) -> bool:
+        """True if caches of `num_tokens` can be cut to their first `to`.
+
+        A sliding window that has moved on has lost what was before it, a state-space layer cannot go back at all.
+        """
+        if num_tokens == to:
+            return True
+        caches = [cache for rank in self._rows for cache in rank.caches]
+        return not any(c.fixed_bytes or (c.window is not None and num_tokens >= c.window) for c in caches)
+
+    def usage(self, groups: Iterable[Shape]) -> Usage:
+        """What `groups` come to, without the working copy."""
+        groups = list(groups)
+        num_tokens = sum(group.rows * blocks(group.longest) for group in groups)
+        return Usage(num_tokens, [self.bytes_on(rank, groups) for rank in range(len(self._ranks))])
+
     def bytes_on(self, rank: int, groups: Iterable[Shape]) -> int:
         """What `groups` come to on one rank, in bytes, without the working copy."""
-        return sum(group.rows * self._ranks[rank].row_bytes(blocks(group.longest)) for group in groups)
+        return sum(group.rows * self._rows[rank].row_bytes(blocks(group.longest)) for group in groups)
 
     def bytes_limit(self, rank: int) -> int:
         """What one rank may hold: the smaller of the two keys.
@@ -98,15 +147,18 @@ class KVBudget:
         by_tokens = max(cost.row_bytes(self._max_tokens), as_short_rows) + self._overshoot_bytes(cost)
         return min(self._reserved_bytes, by_tokens)
 
-    def fits(self, groups: Iterable[Shape]) -> bool:
-        """True if every rank can hold `groups`, with room for the working copy of the largest cache."""
+    def fits(self, groups: Iterable[Shape], kept: Usage | None = None) -> bool:
+        """True if every rank can hold `groups` beside what is `kept`, with room for the working copy of one cache."""
         groups = [group for group in groups if group.rows]
-        if self._max_tokens is not None and sum(g.rows * blocks(g.longest) for g in groups) > self._max_tokens:
+        usage = self.usage(groups)
+        if kept is not None:
+            usage.add(kept)
+        if self._max_tokens is not None and usage.num_tokens > self._max_tokens:
             return False
         return all(
-            self.bytes_on(rank, groups) + self._overshoot_bytes(cost) + self._working_bytes(cost, groups)
+            num_bytes + self._overshoot_bytes(self._rows[rank]) + self._working_bytes(self._largest[rank], groups)
             <= self._reserved_bytes
-            for rank, cost in enumerate(self._ranks)
+            for rank, num_bytes in enumerate(usage.rank_bytes)
         )
 
     def max_sequence_length(self, configured: int | None, model_context: int | None) -> int:
@@ -161,3 +213,14 @@ class KVBudget:
     @staticmethod
     def _working_bytes(cost: RankCost, groups: list[Shape]) -> int:
         return max((group.rows * cost.copy_bytes(blocks(group.longest)) for group in groups), default=0)
+
+
+def _merged(cost: RankCost) -> RankCost:
+    """The same cost of a row in few terms: caches with the same window are one, however many layers there are."""
+    merged: dict[int | None, CacheCost] = {}
+    for cache in cost.caches:
+        so_far = merged.get(cache.window, CacheCost(0, cache.window))
+        merged[cache.window] = CacheCost(
+            so_far.bytes_per_token + cache.bytes_per_token, cache.window, so_far.fixed_bytes + cache.fixed_bytes
+        )
+    return RankCost(list(merged.values()))

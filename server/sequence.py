@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from server.prefix_cache import prefix_key
 from server.protocol import Submit
 
 
 class SequenceStatus(Enum):
-    """waiting → prefilling → running → finished; a preempted sequence is waiting again."""
+    """waiting → admitted → running → finished; a preempted sequence is waiting again.
+
+    An admitted sequence has memory and a place in a group, and is prefilled until it joins the group's rows; one that
+    moves to another group is admitted again until it joins that one's.
+    """
 
     WAITING = auto()
-    PREFILLING = auto()
+    ADMITTED = auto()
     RUNNING = auto()
     FINISHED = auto()
 
@@ -28,6 +33,10 @@ class Sequence:
     num_reserved_tokens: int = 0  # what the budget holds for it
     group_id: int = -1
     status: SequenceStatus = SequenceStatus.WAITING
+    has_caches: bool = False  # the ranks know it
+    waits_for: Sequence | None = None  # which is reading a prefix that both have
+    num_awaited_tokens: int = 0  # of that prefix
+    checkpoints: set[int] = field(default_factory=set)  # lengths at which its caches are kept for others
     was_started: bool = False  # the api has been told that it no longer queues
 
     def __post_init__(self) -> None:
@@ -36,6 +45,11 @@ class Sequence:
     @property
     def request_id(self) -> str:
         return self.submit.request_id
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: smaller is sooner, and is preempted later."""
+        return self.submit.priority, self.sequence_id
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -54,3 +68,20 @@ class Sequence:
     def num_tokens_to_prefill(self) -> int:
         """All but the last token is prefilled; the last one is the first decode step, which samples."""
         return max(0, len(self.token_ids) - 1 - self.num_computed_tokens)
+
+    @property
+    def can_join(self) -> bool:
+        """True when it only has to join the rows of its group to decode."""
+        return self.status is SequenceStatus.ADMITTED and self.has_caches and not self.num_tokens_to_prefill
+
+    @property
+    def can_prefill(self) -> bool:
+        return self.status is SequenceStatus.ADMITTED and self.has_caches and self.num_tokens_to_prefill > 0
+
+    def prefix_key(self) -> bytes:
+        """Everything that will have been in the caches before it decodes."""
+        return prefix_key(self.token_ids[:-1])
+
+    def computed_key(self) -> bytes:
+        """What its caches hold."""
+        return prefix_key(self.token_ids[: self.num_computed_tokens])

@@ -15,6 +15,7 @@ from tests.ring_harness import ROOT, RingUnderTest, python, running_ring
 pytestmark = pytest.mark.ring
 
 MAX_TOKENS = 12
+RIVER = "The river rose in the night and took the bridge. " * 12
 QUESTIONS = [
     "What is the capital of France?",
     "Write a haiku about the sea.",
@@ -30,13 +31,14 @@ QUESTIONS = [
     "What is photosynthesis?",
     "Give me a recipe for pancakes.",
     "How many legs does a spider have?",
-    "Summarise this in one sentence: " + "The river rose in the night and took the bridge. " * 12,
+    RIVER + "Summarise this in one sentence.",
     "def fibonacci(n):",
     "What comes after Monday?",
     "Describe a rainbow.",
     "Is water wet?",
     "Tell me a joke about programmers.",
 ]
+SHARING = [RIVER + question for question in ("What rose?", "What was taken?", "When did it happen?", "What rose?")]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def reference() -> Reference:
     tokenizer = load_tokenizer(folder)
     prompts = [
         list(tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True))
-        for question in QUESTIONS
+        for question in QUESTIONS + SHARING
     ]
     output = python("-m", "tests.server.reference", str(folder), str(MAX_TOKENS), stdin=json.dumps(prompts))
     return Reference(folder, prompts, **json.loads(output.splitlines()[-1]))
@@ -61,7 +63,8 @@ def reference() -> Reference:
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids="P={}".format)
 def ring(request: pytest.FixtureRequest, reference: Reference):
-    with running_ring(reference.folder, request.param, prefill_chunk_tokens=64) as ring:
+    size = request.param
+    with running_ring(reference.folder, size, prefill_chunk_tokens=64, micro_batch_groups=size) as ring:
         ring.wait_ready()
         yield ring
 
@@ -75,7 +78,7 @@ def ask(ring: RingUnderTest, reference: Reference, indices: list[int], name: str
 
 
 def test_20_prompts_one_after_the_other(ring: RingUnderTest, reference: Reference):
-    for index, answer in enumerate(reference.answers):
+    for index, answer in enumerate(reference.answers[: len(QUESTIONS)]):
         assert ask(ring, reference, [index], "alone") == [answer], QUESTIONS[index]
 
 
@@ -85,6 +88,17 @@ def test_20_prompts_8_at_once(ring: RingUnderTest, reference: Reference):
         assert ask(ring, reference, indices, f"from-{start}") == [reference.answers[index] for index in indices]
 
 
+def test_prompts_that_share_their_beginning_and_second_turns_start_from_what_is_kept(
+    ring: RingUnderTest, reference: Reference
+):
+    indices = list(range(len(QUESTIONS), len(QUESTIONS + SHARING)))
+    before = ring.wait_stats(lambda stats: True).counters.num_cached_tokens
+    assert ask(ring, reference, indices, "sharing") == [reference.answers[index] for index in indices]
+    assert ask(ring, reference, indices, "again") == [reference.answers[index] for index in indices]
+    num_shared = 4 * sum(len(reference.prompts[index]) for index in indices) // 5
+    ring.wait_stats(lambda stats: stats.counters.num_cached_tokens - before > num_shared)
+
+
 def test_each_rank_holds_its_share_and_loading_never_held_much_more(reference: Reference):
     """LAYER_SPLIT halves the layers: what a rank holds beyond that is the embeddings (both ends: they are tied)."""
     layer_bytes, embedding_bytes = 14_162_688, 49152 * 576 * 4
@@ -92,3 +106,4 @@ def test_each_rank_holds_its_share_and_loading_never_held_much_more(reference: R
         for info in ring.wait_ready().ranks:
             assert abs(info.memory_bytes - 15 * layer_bytes - embedding_bytes) < 2_000_000
             assert info.peak_memory_bytes < 1.3 * info.memory_bytes
+        assert "time the layers" not in ring.log.read_text(), "who says where the layers go needs no measuring"

@@ -98,8 +98,25 @@ def test_a_cancelled_request_frees_its_caches_on_every_rank(ring: RingUnderTest)
     assert isinstance(first, SequenceOutput)
     ring.wait_stats(lambda stats: all(info.kv_cache_bytes > 0 for info in stats.ranks))
     ring.cancel("cancelled")
-    stats = ring.wait_stats(lambda stats: stats.num_running == 0 and not any(r.kv_cache_bytes for r in stats.ranks))
+    stats = ring.wait_stats(
+        lambda stats: stats.num_running == 0 and all(r.kv_cache_bytes == r.prefix_cache_bytes for r in stats.ranks)
+    )
     assert stats.num_frames_in_flight == 0
+
+
+def test_a_preempted_request_only_pauses(tiny_chat_model: Path):
+    """Both are let in with room for 512 more tokens, six blocks in all, and grow by one, which the cache has not."""
+    prompts = [[5, 6, 7] * 80, [8, 9] * 120]
+    num_tokens = 560
+    done = python("-m", "tests.server.reference", str(tiny_chat_model), str(num_tokens), stdin=json.dumps(prompts))
+    answers = json.loads(done.splitlines()[-1])["answers"]
+    with running_ring(tiny_chat_model, 2, kv_cache_max_size=1536, micro_batch_groups=2) as ring:
+        ring.wait_ready()
+        for index, prompt in enumerate(prompts):
+            ring.submit(str(index), prompt, num_tokens, max_tokens_given=False)
+        tokens = ring.collect("0", "1")
+        assert [tokens["0"], tokens["1"]] == answers
+        ring.wait_stats(lambda stats: stats.counters.num_preemptions > 0)
 
 
 def test_all_ranks_end_when_the_api_goes_away(tiny_chat_model: Path):

@@ -1,0 +1,107 @@
+"""How long steps take on each stage: medians of recent ones, and what they say of steps not seen yet.
+
+Rank 0 notes every decode step and every chunk of a prompt with the seconds that each stage measured for it. Times are
+kept apart by how many groups were in flight, because ranks on one machine slow each other down. Pure: no clock, no
+mlx; `grouping` and `chunking` decide by it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import fmean, median
+from typing import NamedTuple
+
+_RECENT = 9  # steps of one kind whose median counts: long enough to shrug off a hiccup, short enough to follow
+_FORGET_AFTER = 2000  # steps without news of one kind, after which it is tried again: contexts and machines change
+_RECENT_CHUNKS = 32
+
+
+class StepTimes:
+    """Seconds of decode steps for each stage, by groups in flight and rows."""
+
+    def __init__(self) -> None:
+        self._recent: dict[tuple[int, int], deque[Sequence[float]]] = {}
+        self._noted_at: dict[tuple[int, int], int] = {}
+        self._medians: dict[tuple[int, int], list[float]] = {}
+        self._num_noted = 0
+        self._overheads: deque[float] = deque([0.0], maxlen=_RECENT)
+
+    def note(self, num_groups: int, num_rows: int, stage_seconds: Sequence[float]) -> None:
+        """A decode step of `num_rows` that ran while `num_groups` groups took turns."""
+        key = num_groups, num_rows
+        self._num_noted += 1
+        self._noted_at[key] = self._num_noted
+        recent = self._recent.setdefault(key, deque(maxlen=_RECENT))
+        recent.append(stage_seconds)
+        self._medians[key] = [median(seconds) for seconds in zip(*recent, strict=True)]
+        if self._num_noted % _FORGET_AFTER == 0:
+            self._forget_old()
+
+    def note_overhead(self, seconds: float) -> None:
+        """What a step that had the ring to itself took besides computing: links, headers, waking up."""
+        self._overheads.append(max(0.0, seconds))
+
+    @property
+    def overhead_seconds(self) -> float:
+        return median(self._overheads)
+
+    @property
+    def is_known(self) -> bool:
+        """True once a decode step was measured."""
+        return bool(self._medians)
+
+    def stage_seconds(self, num_groups: int, num_rows: int) -> list[float]:
+        """What each stage is expected to take for a step of `num_rows`; something must be known.
+
+        Where it was never measured, the nearest number of groups stands in, and between and beyond the numbers of rows
+        that were measured a straight line. From a single point the line goes through the origin: that is optimistic
+        about small groups, so that they are tried once, and measured.
+        """
+        if (exact := self._medians.get((num_groups, num_rows))) is not None:
+            return exact
+        nearest = min((groups for groups, _ in self._medians), key=lambda groups: (abs(groups - num_groups), groups))
+        known = sorted((rows, seconds) for (groups, rows), seconds in self._medians.items() if groups == nearest)
+        if len(known) == 1:
+            rows, seconds = known[0]
+            return [second * num_rows / rows for second in seconds]
+        above = next((i for i, (rows, _) in enumerate(known) if rows >= num_rows), len(known) - 1)
+        (rows_a, seconds_a), (rows_b, seconds_b) = known[max(0, above - 1)], known[max(1, above)]
+        share = (num_rows - rows_a) / (rows_b - rows_a)
+        return [max(a + share * (b - a), min(a, b) * 0.1) for a, b in zip(seconds_a, seconds_b, strict=True)]
+
+    def _forget_old(self) -> None:
+        for key, noted_at in list(self._noted_at.items()):
+            if self._num_noted - noted_at > _FORGET_AFTER:
+                del self._noted_at[key], self._recent[key], self._medians[key]
+
+
+class Line(NamedTuple):
+    """Seconds of a pass: `fixed` and so many `per_token`."""
+
+    fixed: float
+    per_token: float
+
+
+class ChunkTimes:
+    """Seconds that the slowest stage took for recent chunks of prompts, as a straight line over their tokens."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT_CHUNKS)
+        self.line: Line | None = None  # None until it is known
+
+    def note(self, num_tokens: int, stage_seconds: Sequence[float]) -> None:
+        """A prefill frame of `num_tokens`, padding counted."""
+        self._recent.append((num_tokens, max(stage_seconds)))
+        self.line = _fitted(self._recent)
+
+
+def _fitted(points: Sequence[tuple[int, float]]) -> Line | None:
+    """Least squares; None for less than two different numbers of tokens or where time does not grow with them."""
+    mean_tokens, mean_seconds = (fmean(column) for column in zip(*points, strict=True))
+    spread = sum((tokens - mean_tokens) ** 2 for tokens, _ in points)
+    if not spread:
+        return None
+    slope = sum((tokens - mean_tokens) * (seconds - mean_seconds) for tokens, seconds in points) / spread
+    slope = min(slope, mean_seconds / mean_tokens)  # noise must not make the fixed part negative
+    return Line(mean_seconds - slope * mean_tokens, slope) if slope > 0 else None

@@ -1,0 +1,189 @@
+"""What every rank holds, as lists of token ids: a stand-in for the ranks that refuses what a rank would refuse.
+
+It checks more than a rank can: that every token which runs is preceded by just the tokens that its request has before
+it, wherever its caches came from, and that everything that is held fits the budget after each frame.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from server.frame import Admit, Detach, Drop, Join, Keep, Leave
+from server.kv_budget import CacheCost, KVBudget, RankCost, Shape
+from server.protocol import SamplingParams, SequenceOutput, Submit
+from server.scheduler import Scheduler, SchedulerOptions, Step
+
+STOP = 7
+
+
+def next_token(tokens: list[int]) -> int:
+    """The model: any function of all tokens so far will do."""
+    return 10 + hash(tuple(tokens)) % 90
+
+
+def answer(prompt: list[int], num_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class Ranks:
+    """Token ids in the caches: of sequences in no group, of groups in row order, and of kept entries."""
+
+    def __init__(self, budget: KVBudget) -> None:
+        self.budget = budget
+        self.sequences: dict[int, list[int]] = {}
+        self.groups: dict[int, dict[int, list[int]]] = {}
+        self.entries: dict[int, list[int]] = {}
+
+    def run(self, step: Step) -> list[int]:
+        """Apply a frame; the tokens it draws."""
+        for operation in step.frame.operations:
+            self._apply(operation)
+            self.groups = {group_id: group for group_id, group in self.groups.items() if group}
+        frame = step.frame
+        holders = self.sequences if frame.group_id is None else self.groups[frame.group_id]
+        assert frame.group_id is None or [row.sequence_id for row in frame.rows] == list(holders)
+        assert len(frame.rows) <= 1 or self.budget.can_pack or frame.group_id is not None
+        for row, token_ids in zip(frame.rows, step.token_ids, strict=True):
+            holders[row.sequence_id] += token_ids
+            assert len(holders[row.sequence_id]) == row.length and len(token_ids) == row.num_tokens
+        self._check_budget()
+        return [next_token(holders[row.sequence_id]) for row in frame.rows] if frame.group_id is not None else []
+
+    def _apply(self, operation: object) -> None:
+        match operation:
+            case Admit(sequence_id=sequence_id, entry_id=None):
+                assert not self.holds(sequence_id)
+                self.sequences[sequence_id] = []
+            case Admit(sequence_id=sequence_id, entry_id=entry_id, num_cached_tokens=length, takes_entry=takes):
+                assert not self.holds(sequence_id) and entry_id is not None
+                entry = self.entries.pop(entry_id) if takes else self.entries[entry_id]
+                assert 0 < length <= len(entry) and self.budget.can_rewind(len(entry), length)
+                self.sequences[sequence_id] = entry[:length]
+            case Join(group_id=group_id, sequence_ids=sequence_ids):
+                group = self.groups.setdefault(group_id, {})
+                group.update({sequence_id: self.sequences.pop(sequence_id) for sequence_id in sequence_ids})
+                assert self.budget.batchable or len(group) == 1
+            case Detach(sequence_ids=sequence_ids):
+                for sequence_id in sequence_ids:
+                    (self.sequences[sequence_id],) = [
+                        group.pop(sequence_id) for group in self.groups.values() if sequence_id in group
+                    ]
+            case Leave(sequence_ids=sequence_ids):
+                for sequence_id in sequence_ids:
+                    self._leave(sequence_id)
+            case Keep(entry_id=entry_id, sequence_id=sequence_id, length=length, leaves=leaves):
+                assert entry_id not in self.entries
+                tokens = self.tokens_of(sequence_id)
+                assert len(tokens) == length
+                self.entries[entry_id] = list(tokens)
+                if leaves:
+                    self._leave(sequence_id)
+            case Drop(entry_ids=entry_ids):
+                for entry_id in entry_ids:
+                    del self.entries[entry_id]
+
+    def _leave(self, sequence_id: int) -> None:
+        assert self.holds(sequence_id)
+        self.sequences.pop(sequence_id, None)
+        for group in self.groups.values():
+            group.pop(sequence_id, None)
+
+    def tokens_of(self, sequence_id: int) -> list[int]:
+        return next(held[sequence_id] for held in (self.sequences, *self.groups.values()) if sequence_id in held)
+
+    def holds(self, sequence_id: int) -> bool:
+        return any(sequence_id in held for held in (self.sequences, *self.groups.values()))
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.sequences and not self.groups
+
+    def _check_budget(self) -> None:
+        shapes = [Shape(len(group), max(map(len, group.values()))) for group in self.groups.values()]
+        shapes += [Shape(1, len(tokens)) for tokens in self.sequences.values() if tokens]
+        kept = self.budget.usage([Shape(1, len(tokens)) for tokens in self.entries.values()])
+        assert self.budget.fits(shapes, kept), (shapes, kept)
+
+
+def make_budget(
+    capacity_tokens: int,
+    *,
+    batchable: bool = True,
+    can_pack: bool = True,
+    can_keep: bool = True,
+    caches: list[CacheCost] | None = None,
+    num_ranks: int = 1,
+) -> KVBudget:
+    cost = RankCost(caches or [CacheCost(1)] * 4, batchable, can_pack and batchable, can_keep)
+    return KVBudget([cost] * num_ranks, 1 << 40, max_tokens=capacity_tokens)
+
+
+class Ring:
+    """A scheduler and its ranks, with frames in flight between them, which come back in order.
+
+    `seconds(rows or tokens of prefill)`: what a stage takes for a step; a frame takes no time otherwise.
+    """
+
+    def __init__(self, budget: KVBudget, *, num_stages: int = 1, seconds=lambda rows: 0.01, **options: Any) -> None:
+        defaults: dict[str, Any] = {
+            "max_sequence_length": budget.capacity_tokens,
+            "max_running": 8,
+            "chunk_tokens": 256,
+        }
+        self.num_stages = num_stages
+        self.scheduler = Scheduler(budget, SchedulerOptions(num_stages=num_stages, **(defaults | options)))
+        self.ranks = Ranks(budget)
+        self.seconds = seconds
+        self.outputs: dict[str, list[int]] = {}
+        self.finished: dict[str, str] = {}
+        self.steps: list[Step] = []
+        self._in_flight: deque[tuple[Step, list[int]]] = deque()
+
+    def submit(self, name: str, prompt: int | list[int] = 10, max_tokens: int = 5, **options) -> None:
+        token_ids = [100 + i for i in range(prompt)] if isinstance(prompt, int) else prompt
+        defaults = {"max_tokens_given": True, "stop_token_ids": [STOP], "sampling": SamplingParams()}
+        self.scheduler.add(Submit(name, token_ids, max_tokens=max_tokens, **(defaults | options)))
+
+    def launch(self) -> Step | None:
+        """Put one more frame into the ring, if the scheduler has one."""
+        if (step := self.scheduler.schedule()) is not None:
+            self.steps.append(step)
+            self._in_flight.append((step, self.ranks.run(step)))
+        return step
+
+    def receive(self) -> list[SequenceOutput]:
+        """The oldest frame comes back."""
+        step, tokens = self._in_flight.popleft()
+        width = max((row.num_tokens for row in step.frame.rows), default=0)
+        seconds = self.seconds(len(step.frame.rows) * width)
+        times = [seconds] * self.num_stages
+        outputs = self.scheduler.complete(step.frame.frame_id, tokens, times, sum(times))
+        for output in outputs:
+            self.outputs.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.finish_reason:
+                self.finished[output.request_id] = output.finish_reason
+        return outputs
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def run(self, num_steps: int = 100_000) -> list[Step]:
+        """Go on until nothing is left to do, or for so many steps, with as much in flight as there can be."""
+        first = len(self.steps)
+        while len(self.steps) - first < num_steps:
+            is_launched = self.launch() is not None
+            if not is_launched and not self._in_flight:
+                return self.steps[first:]
+            if not is_launched or self.num_stages == 1:  # a ring of one has its result before it looks again
+                self.receive()
+        assert num_steps < 100_000, "the scheduler does not come to an end"
+        return self.steps[first:]
+
+    def started(self) -> dict[str, int]:
+        """Cached tokens of every request that was started."""
+        return {s.request_id: s.num_cached_tokens for step in self.steps for s in step.started}
