@@ -68,11 +68,15 @@ class ModelInfo:
         """Weights that the stage with these layers holds."""
         is_first, is_last = layer_range.start == 0, layer_range.end == self.num_layers
         layers = sum(self.layer_bytes[layer_range.start : layer_range.end])
+        return layers + self.bytes_besides_layers(is_first=is_first, is_last=is_last)
+
+    def bytes_besides_layers(self, *, is_first: bool, is_last: bool) -> int:
+        """Weights that a stage holds whichever layers it has."""
         if is_first and is_last:
-            return layers + self.first_stage_bytes + self.last_stage_bytes - self.shared_bytes
+            return self.first_stage_bytes + self.last_stage_bytes - self.shared_bytes
         if is_first or is_last:
-            return layers + (self.first_stage_bytes if is_first else self.last_stage_bytes)
-        return layers + self.middle_stage_bytes
+            return self.first_stage_bytes if is_first else self.last_stage_bytes
+        return self.middle_stage_bytes
 
     def has_file(self, file: WeightFile) -> bool:
         """True if the file is on this machine."""

@@ -1,8 +1,8 @@
 """Which decoder layers go to which stage of the ring: plain arithmetic over costs, bytes and limits.
 
 A split gives every stage one contiguous, non-empty, half-open range of layers, in ring order, and is as fast as its
-slowest stage. This module must never look at a machine, a file or mlx: whoever calls it (`memory.plan_stages` for the
-`plan` command, rank 0 at start-up) brings the numbers.
+slowest stage. This module must never look at a machine, a file or mlx: `placement.plan_stages`, which calls it, brings
+the numbers.
 """
 
 from __future__ import annotations
@@ -40,51 +40,48 @@ class LayerRange:
 
 
 def split_layers(
-    layer_costs: Sequence[float],
-    num_stages: int,
+    layer_costs: Sequence[Sequence[float]],
     *,
-    first_cost: float = 0,
-    last_cost: float = 0,
+    other_costs: Sequence[float] = (),
     layer_bytes: Sequence[int] = (),
-    first_bytes: int = 0,
-    last_bytes: int = 0,
-    shared_bytes: int = 0,
-    middle_bytes: int = 0,
+    other_bytes: Sequence[int] = (),
     memory_limits: Sequence[int] | None = None,
 ) -> tuple[LayerRange, ...]:
     """The split whose slowest stage is fastest, among those that fit every stage's memory.
 
-    Of splits with equally fast slowest stages the most even one is taken. Costs are in any one unit (seconds of a
-    step, or bytes to read); `first_cost` and `last_cost` are what embeddings and head add. `memory_limits` holds one
-    number of bytes a stage, for weights alone: what the KV cache may take is already subtracted. `shared_bytes` is in
-    both `first_bytes` and `last_bytes` (tied embeddings) and counted once where one stage is both; `middle_bytes` is
-    what a stage that is neither holds besides its layers.
+    Of splits with equally fast slowest stages the most even one is taken.
+
+    Args:
+        layer_costs: `layer_costs[stage][layer]`, in any one unit (seconds of a step, or bytes to read).
+        other_costs: what each stage has to do besides its layers, in the same unit: embeddings, head.
+        layer_bytes: what each layer takes.
+        other_bytes: what each stage holds besides its layers.
+        memory_limits: bytes for the weights of each stage: what the KV cache may take is already subtracted.
 
     Raises:
         PartitionError: there are more stages than layers, or no split fits the limits.
     """
-    num_layers = len(layer_costs)
+    num_stages, num_layers = len(layer_costs), len(layer_costs[0])
     check_num_stages(num_layers, num_stages)
-    sizes = list(layer_bytes) or [0] * num_layers
-    if len(sizes) != num_layers:
-        raise ValueError(f"{num_layers} layer costs but {len(sizes)} layer sizes")
-    if memory_limits is not None and len(memory_limits) != num_stages:
-        raise ValueError(f"{num_stages} stages but {len(memory_limits)} memory limits")
-    costs_before = _prefix_sums(layer_costs)
-    bytes_before = _prefix_sums(sizes)
-    non_layer_costs = _at_the_ends(num_stages, first_cost, last_cost)
-    non_layer_bytes = _at_the_ends(num_stages, first_bytes, last_bytes, shared=shared_bytes, middle=middle_bytes)
+    costs_before = [_prefix_sums(costs) for costs in layer_costs]
+    bytes_before = _prefix_sums(layer_bytes or [0] * num_layers)
+    other_costs = other_costs or [0] * num_stages
+    other_bytes = other_bytes or [0] * num_stages
+    limits = memory_limits if memory_limits is not None else [math.inf] * num_stages
+    if any(len(costs) != len(bytes_before) for costs in costs_before):
+        raise ValueError("costs and sizes are not of the same number of layers")
+    if not len(other_costs) == len(other_bytes) == len(limits) == num_stages:
+        raise ValueError("costs, sizes and limits are not of the same number of stages")
 
     def cost(stage: int, start: int, end: int) -> float:
         """Cost of layers [start, end) on `stage`; infinite where they do not fit."""
-        size = bytes_before[end] - bytes_before[start] + non_layer_bytes[stage]
-        if memory_limits is not None and size > memory_limits[stage]:
+        if bytes_before[end] - bytes_before[start] + other_bytes[stage] > limits[stage]:
             return math.inf
-        return costs_before[end] - costs_before[start] + non_layer_costs[stage]
+        return costs_before[stage][end] - costs_before[stage][start] + other_costs[stage]
 
     slowest, _ = _best_split(num_layers, num_stages, cost, max)
     if math.isinf(slowest):
-        raise PartitionError(_does_not_fit(bytes_before[-1] + sum(non_layer_bytes), memory_limits or ()))
+        raise PartitionError(_does_not_fit(bytes_before[-1] + sum(other_bytes), memory_limits or ()))
     bound = slowest * (1 + 1e-9)  # sums of floats differ in their last bits
 
     def unevenness(stage: int, start: int, end: int) -> float:
@@ -153,13 +150,6 @@ def _best_split(
         ranges.append(LayerRange(choice[end], end))
         end = choice[end]
     return best[num_layers], tuple(reversed(ranges))
-
-
-def _at_the_ends(num_stages: int, first: float, last: float, *, shared: float = 0, middle: float = 0) -> list:
-    """What each stage has besides its layers."""
-    if num_stages == 1:
-        return [first + last - shared]
-    return [first, *[middle] * (num_stages - 2), last]
 
 
 def _prefix_sums(values: Sequence) -> list:

@@ -1,66 +1,53 @@
 """From a joined ring to a rank that serves: settings, model, split, weights, budget, in laps round the ring.
 
-In every lap each rank does its part and tells the others how it went, so that all go on together or none does, and a
-failure names its rank. Rank 0 gets the settings from the api process and passes them on; only rank 0 decides the split.
-`server.__main__` calls `start_rank` once.
+Rank 0 gets the settings from the api process and passes them on; only rank 0 decides the split. `server.__main__` calls
+`start_rank` once.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
 import threading
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import msgspec
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from config import ConfigError, Settings
+from config import Settings
 from distributed.builtin_model import resolve_form
-from distributed.errors import DistributedError, HandshakeError, ModelUnavailable, RingError
+from distributed.errors import HandshakeError, RingError
 from distributed.handshake import Introduction, meet
-from distributed.memory import check_fits, plan_stages, rank_memory_limit_bytes
+from distributed.layer_times import StageTimes
+from distributed.memory import rank_memory_limit_bytes
 from distributed.model_files import ModelInfo, ensure_weights, inspect_model, prepare_model
 from distributed.partition import LayerRange
 from distributed.pipeline import Pipeline
 from distributed.ring import Ring
 from distributed.shard.load import load_stage
 from server.api_link import ApiLink
-from server.engine import Engine
+from server.chunking import MAX_CHUNK_TOKENS
+from server.counters import StageClock
+from server.engine import Engine, RequestLimits
 from server.errors import ServerError
 from server.kv_budget import MIB, KVBudget, RankCost
+from server.laps import Laps, StartError
+from server.placing import Placing, Split
 from server.protocol import Failed, Progress, RankInfo, Ready
-from server.scheduler import Scheduler
+from server.scheduler import Scheduler, SchedulerOptions
 from server.stage import Stage
 from server.status import READY, RankStatus, decode_reports
 from server.warm_up import NUM_TOKENS, warm_up
 from server.worker import run_worker
 
-DEFAULT_CHUNK_TOKENS = 512
 DEFAULT_MAX_RUNNING = 32
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """One rank's part in a lap: what it made, as JSON, or why it could not. `permanent`: trying again cannot help."""
-
-    value: Any = None
-    error: str | None = None
-    permanent: bool = False
-
-
-class StartError(ServerError):
-    """A rank could not start; all ranks know."""
-
-    def __init__(self, message: str, permanent: bool) -> None:
-        super().__init__(message)
-        self.permanent = permanent
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
@@ -106,62 +93,64 @@ class _RankStart:
     ) -> None:
         self._ring = ring
         self._pipeline = pipeline
-        self._everyone = everyone
+        self._machines = [introduction.host for introduction in everyone]
         self._api = api
         self._root = Path.cwd()  # where mlx.launch put us: the project's folder, WORKER_DIR on other machines
         self._status = status
+        self._laps = Laps(pipeline, everyone, status)
         if api is not None:
             pipeline.on_reports = self._send_progress
 
     def start(self, configured: dict[str, Any]) -> NoReturn:
-        shared = self._lap("agree on the settings", lambda: self._for_all_ranks(configured), dict[str, Any])
+        shared = self._laps.run("agree on the settings", lambda: self._for_all_ranks(configured), dict[str, Any])
         settings = Settings.from_ranks(shared[0])
         logging.getLogger().setLevel(settings.log_level)
         local_ranks = int(os.environ.get("MLX_RING_LOCAL_RANKS", "1"))
 
-        facts = self._lap("find the model", lambda: self._prepare(settings, local_ranks), ModelFacts)
+        facts = self._laps.run("find the model", lambda: self._prepare(settings, local_ranks), ModelFacts)
         self._check_same_model(facts)
-        ranges = self._lap("split the layers", lambda: self._split(settings, facts), list[tuple[int, int]])[0]
-        layer_range = LayerRange(*ranges[self._ring.rank])
-        self._status.layers = (layer_range.start, layer_range.end)
-
-        costs = self._lap(f"load layers {layer_range}", lambda: self._load(settings, layer_range), RankCost)
+        costs = self._place(settings, [fact.memory_limit_bytes for fact in facts])
         budget, max_length = self._budget(settings, costs)
         self._status.kv_cache_bytes = lambda: self._stage.caches.num_bytes
+        self._status.prefix_cache_bytes = lambda: self._stage.caches.prefix_bytes
         self._status.kv_cache_bytes_limit = budget.bytes_limit(self._ring.rank)
-        ranks = self._lap("tell what each rank holds", self._status.info, RankInfo)
+        ranks = self._laps.run("tell what each rank holds", self._status.info, RankInfo)
         self._status.state = READY
+        clock = StageClock(self._pipeline)
+        self._status.counters = clock.counters
         if self._api is None:
-            run_worker(self._stage, self._pipeline)
-        self._tell("run a first token through the ring")
-        num_tokens = min(self._chunk_tokens(settings), max_length - 1) if mx.metal.is_available() else NUM_TOKENS
+            run_worker(self._stage, self._pipeline, clock)
+        self._laps.tell("run a first token through the ring")
+        num_tokens = min(_max_chunk_tokens(settings), max_length - 1) if mx.metal.is_available() else NUM_TOKENS
         warm_up(self._stage, self._pipeline, self._info.vocab_size, num_tokens)
-        self._serve(settings, budget, max_length, ranks)
+        options = SchedulerOptions(
+            max_sequence_length=max_length,
+            max_running=settings.max_concurrent_requests or DEFAULT_MAX_RUNNING,
+            num_stages=self._ring.size,
+            chunk_tokens=settings.prefill_chunk_tokens,
+            num_groups=settings.micro_batch_groups,
+            prefix_cache=settings.prefix_cache,
+        )
+        self._serve(Scheduler(budget, options), clock, budget, options, ranks)
 
-    def _serve(self, settings: Settings, budget: KVBudget, max_length: int, ranks: list[RankInfo]) -> NoReturn:
+    def _serve(
+        self,
+        scheduler: Scheduler,
+        clock: StageClock,
+        budget: KVBudget,
+        options: SchedulerOptions,
+        ranks: list[RankInfo],
+    ) -> NoReturn:
         assert self._api is not None
-        max_running = settings.max_concurrent_requests or DEFAULT_MAX_RUNNING
-        scheduler = Scheduler(
-            budget,
-            max_sequence_length=max_length,
-            max_running=max_running,
-            prefill_chunk_tokens=self._chunk_tokens(settings),
-        )
-        engine = Engine(
-            self._stage,
-            self._pipeline,
-            scheduler,
-            self._api,
-            vocab_size=self._info.vocab_size,
-            max_sequence_length=max_length,
-        )
+        limits = RequestLimits(self._info.vocab_size, options.max_sequence_length)
+        engine = Engine(self._stage, self._pipeline, scheduler, self._api, clock, limits)
         self._status.state = READY
         ready = Ready(
             model_path=str(self._info.path),
-            max_sequence_length=max_length,
+            max_sequence_length=options.max_sequence_length,
             kv_cache_tokens=budget.capacity_tokens,
             vocab_size=self._info.vocab_size,
-            max_concurrent_requests=max_running,
+            max_concurrent_requests=options.max_running,
             ranks=ranks,
         )
         self._api.send(ready)
@@ -176,42 +165,50 @@ class _RankStart:
         return configured and configured | {"model_repo": resolve_form(configured["model_repo"])}
 
     def _prepare(self, settings: Settings, local_ranks: int) -> ModelFacts:
-        self._info: ModelInfo = inspect_model(prepare_model(settings.model_repo, self._root, progress=self._tell))
+        self._info: ModelInfo = inspect_model(prepare_model(settings.model_repo, self._root, progress=self._laps.tell))
         limit = rank_memory_limit_bytes(self._ring.rank, local_ranks, settings.rank_memory_limit_mb)
         return ModelFacts(self._info.config_hash, limit)
 
-    def _split(self, settings: Settings, facts: list[ModelFacts]) -> list[tuple[int, int]]:
-        if self._ring.rank:
-            return []
-        plans = plan_stages(
-            self._info,
-            self._ring.size,
-            [fact.memory_limit_bytes for fact in facts],
-            settings.kv_cache_reserved_memory_mb * MIB,
-            settings.layer_split,
-        )
-        check_fits(plans)
-        return [(plan.layer_range.start, plan.layer_range.end) for plan in plans]
+    def _place(self, settings: Settings, memory_limits: list[int]) -> list[RankCost]:
+        """Split and load the layers; where nobody knows yet how long they take, time them and perhaps split again."""
+        placing = Placing(self._info, settings, memory_limits, self._ring, self._machines, self._root)
+        split = self._laps.run("split the layers", placing.split, Split)[0]
+        costs = self._load_share(settings, split)
+        if not split.is_guess:
+            return costs
+        times: list[StageTimes] = []
+        for turn in range(placing.num_turns):
+            times = self._laps.run("time the layers", partial(placing.measure, turn, self._model), StageTimes)
+        better = self._laps.run("split the layers by their times", partial(placing.split_again, split, times), Split)[0]
+        if better == split:
+            return costs
+        del self._stage, self._model  # or memory would hold both
+        gc.collect()
+        mx.clear_cache()
+        return self._load_share(settings, better)
+
+    def _load_share(self, settings: Settings, split: Split) -> list[RankCost]:
+        layer_range = LayerRange(*split.ranges[self._ring.rank])
+        self._status.layers = (layer_range.start, layer_range.end)
+        return self._laps.run(f"load layers {layer_range}", lambda: self._load(settings, layer_range), RankCost)
 
     def _load(self, settings: Settings, layer_range: LayerRange) -> RankCost:
         is_first, is_last = self._ring.rank == 0, self._ring.is_last
-        ensure_weights(self._info, layer_range, is_first, is_last, self._tell)
+        ensure_weights(self._info, layer_range, is_first, is_last, self._laps.tell)
         if mx.metal.is_available():  # from MLX's documentation: weights stay resident up to this limit
             maybe_set_recommended_wired_limit()
-        self._stage = Stage(load_stage(self._info, layer_range, trust_remote_code=settings.trust_remote_code))
+        self._model = load_stage(self._info, layer_range, trust_remote_code=settings.trust_remote_code)
+        self._stage = Stage(self._model, settings.kv_cache_bits)
         logger.info("holds layers %s: %.0f MiB", layer_range, mx.get_active_memory() / MIB)
         return self._stage.cache_cost
-
-    @staticmethod
-    def _chunk_tokens(settings: Settings) -> int:
-        return settings.prefill_chunk_tokens or DEFAULT_CHUNK_TOKENS
 
     def _budget(self, settings: Settings, costs: list[RankCost]) -> tuple[KVBudget, int]:
         budget = KVBudget(
             costs,
             settings.kv_cache_reserved_memory_mb * MIB,
             settings.kv_cache_max_size,
-            chunk_tokens=self._chunk_tokens(settings),
+            # Two prompts at most are half read at a time: a long one, and a short one between its chunks.
+            chunk_tokens=2 * _max_chunk_tokens(settings),
         )
         try:
             max_length = budget.max_sequence_length(settings.max_sequence_length, self._info.max_context)
@@ -229,42 +226,11 @@ class _RankStart:
         for rank, fact in enumerate(facts):
             if fact.config_hash != facts[0].config_hash:
                 raise StartError(
-                    f"{self._name(rank)} has another version of the model than {self._name(0)}: their config.json "
-                    f"differ ({fact.config_hash[:12]} and {facts[0].config_hash[:12]}); bring the same files to both "
-                    "(./launch.sh workers)",
+                    f"{self._laps.name(rank)} has another version of the model than {self._laps.name(0)}: their "
+                    f"config.json differ ({fact.config_hash[:12]} and {facts[0].config_hash[:12]}); bring the same "
+                    "files to both (./launch.sh workers)",
                     permanent=True,
                 )
-
-    # -- going on together -------------------------------------------------------------------------------------------
-
-    def _lap(self, doing: str, work: Callable[[], T], kind: type[T]) -> list[T]:
-        """Do `work` on every rank; every rank's result, in rank order.
-
-        Raises:
-            StartError: on every rank, if the work of any of them failed.
-        """
-        self._tell(doing)
-        try:
-            outcome = Outcome(msgspec.to_builtins(work()))
-        except (DistributedError, ServerError, ConfigError) as error:
-            outcome = Outcome(error=str(error), permanent=not isinstance(error, ModelUnavailable))
-        except Exception as error:  # whatever it is, the other ranks wait to hear of it
-            logger.exception("could not %s", doing)
-            outcome = Outcome(error=f"could not {doing}: {type(error).__name__}: {error}")
-        outcomes = [
-            msgspec.json.decode(record, type=Outcome) for record in self._pipeline.lap(msgspec.json.encode(outcome))
-        ]
-        for rank, other in enumerate(outcomes):
-            if other.error is not None:
-                raise StartError(f"{self._name(rank)}: {other.error}", other.permanent)
-        return [msgspec.convert(other.value, kind) for other in outcomes]
-
-    def _name(self, rank: int) -> str:
-        return f"rank {rank} ({self._everyone[rank].host})"
-
-    def _tell(self, doing: str) -> None:
-        self._status.state = doing
-        logger.info("%s", doing)
 
     def _send_progress(self, reports: list[bytes]) -> None:
         """From the heartbeat, once a second: what each rank is at."""
@@ -276,3 +242,7 @@ class _RankStart:
         else:
             detail = "; ".join(f"{name}: {state}" for name, state in states)
         self._api.send(Progress(detail))
+
+
+def _max_chunk_tokens(settings: Settings) -> int:
+    return settings.prefill_chunk_tokens or MAX_CHUNK_TOKENS

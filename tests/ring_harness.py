@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import random
 import shutil
 import socket
 import struct
@@ -46,7 +47,8 @@ _decoder = msgspec.msgpack.Decoder(FromEngine)
 
 def free_ports(count: int) -> int:
     """The first of `count` consecutive ports that nobody listens on, below the range that clients are given."""
-    for first in range(21000, 31000, 16):
+    starts = range(21000, 31000, 16)
+    for first in random.sample(starts, len(starts)):  # another test session may be looking too
         with contextlib.ExitStack() as held:
             try:
                 for port in range(first, first + count):
@@ -161,10 +163,13 @@ class RingUnderTest:
 
 
 @contextlib.contextmanager
-def running_ring(model: str | Path, size: int, *, program: str | None = None, **keys: Any) -> Iterator[RingUnderTest]:
+def running_ring(
+    model: str | Path, size: int, *, program: str | None = None, root: Path | None = None, **keys: Any
+) -> Iterator[RingUnderTest]:
     """A ring of `size` ranks with MODEL_REPO=`model` and further `keys` of the settings, ended at the end.
 
-    `program` replaces `-m server` on every rank, for tests that watch a rank from inside.
+    `program` replaces `-m server` on every rank, for tests that watch a rank from inside. `root` is the project folder,
+    by default one that lasts as long as the ring.
     """
     folder = Path(tempfile.mkdtemp(prefix="ring-test-"))
     environ = {"MODEL_REPO": str(model), "RING_SIZE": str(size), "RING_PORT": str(free_ports(size))}
@@ -176,13 +181,12 @@ def running_ring(model: str | Path, size: int, *, program: str | None = None, **
         listener.bind(str(folder / "s"))
         listener.listen(1)
         listener.settimeout(60)
-        command = ring_command(settings, root=ROOT, socket_path=str(folder / "s"), instance="under-test")
+        command = ring_command(settings, root=root or folder, socket_path=str(folder / "s"), instance="under-test")
         argv = [*command.argv[:-1], command.argv[-1].replace("-m server", program or "-m server")]
         log = folder / "log"
+        env = command.env | {"PYTHONPATH": str(ROOT)}
         with log.open("wb") as output:
-            launcher = subprocess.Popen(
-                argv, env=command.env, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT
-            )
+            launcher = subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT)
         cleanup.callback(_end, launcher)
         connection, _ = listener.accept()
         cleanup.callback(connection.close)

@@ -30,6 +30,8 @@ WITHOUT_MLX = [
     "distributed.model_files",
     "distributed.builtin_model",
     "distributed.memory",
+    "distributed.placement",
+    "distributed.layer_times",
     "distributed.frames",
     "distributed.control",
     "api.schemas",

@@ -10,6 +10,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -36,7 +37,7 @@ class StagePlan:
     `replicas`: a layer before the stage -> its entry, which layers of this stage read.
     `phantoms`: positions in `held` of caches that no layer here fills, each the only one of its kind.
     `sends`: entries whose new keys and values stages downstream need.
-    `example_message`: what arrives for one token, but zeros; None on the first stage.
+    `example_message`: number of rows -> what arrives for one token of each, but zeros; None on the first stage.
     """
 
     held: tuple[int, ...]
@@ -44,7 +45,7 @@ class StagePlan:
     replicas: dict[int, int]
     phantoms: tuple[int, ...]
     sends: tuple[int, ...]
-    example_message: StageMessage | None
+    example_message: Callable[[int], StageMessage] | None
 
 
 def plan_stage(model: nn.Module, layer_range: LayerRange) -> StagePlan:
@@ -53,7 +54,7 @@ def plan_stage(model: nn.Module, layer_range: LayerRange) -> StagePlan:
     Raises:
         ModelError: the model's forward cannot be cut.
     """
-    run = _DryRun(model, boundary=layer_range.start - 1)
+    run = _DryRun(model)
     kinds = [cache_kind(cache) for cache in make_prompt_cache(model)]
     # An entry that no layer uses serves the embeddings (longcat_flash_ngram).
     owners = [run.owner.get(entry, 0) for entry in range(len(kinds))]
@@ -76,35 +77,38 @@ def plan_stage(model: nn.Module, layer_range: LayerRange) -> StagePlan:
         replicas=replicas,
         phantoms=tuple(order.index(entry) for entry in phantoms),
         sends=run.entries_across(layer_range.end),
-        example_message=run.example_message(layer_range.start) if layer_range.start else None,
+        example_message=partial(run.example_message, layer_range.start) if layer_range.start else None,
     )
 
 
 class _DryRun:
-    """One token through a weightless copy of the model, watched layer by layer.
+    """One token a row through a weightless copy of the model, watched layer by layer.
 
     `owner`: cache entry -> the layer that fills it; `readers`: entry -> the other layers that read it.
     """
 
-    def __init__(self, model: nn.Module, boundary: int):
-        """`boundary`: the layer whose output is kept as an example of a message."""
+    def __init__(self, model: nn.Module):
         self.owner: dict[int, int] = {}
         self.readers: defaultdict[int, set[int]] = defaultdict(set)
-        self._boundary = boundary
+        self._boundary: int | None = None  # the layer whose output is kept
         self._calls: list[int] = []
         self._message: StageMessage | None = None
 
-        skeleton = _weightless_copy(model)
-        layers = decoder_layers(skeleton)
+        self._skeleton = _weightless_copy(model)
+        layers = decoder_layers(self._skeleton)
         hook_layers(layers, self._visit)
-        cache = make_prompt_cache(skeleton)
-        with CacheTap(dict(enumerate(cache))) as self._tap:
-            _run(skeleton, mx.zeros((1, 1), mx.int32), cache)
+        self._run(num_rows=1)
         if self._calls != list(range(len(layers))):
             raise ModelError(
                 f"the model class {type(model).__module__} does not call each of its {len(layers)} layers once and in "
                 "order, so it cannot be cut into stages; run it on one rank (RING_SIZE=1, no WORKER_HOSTS)"
             )
+
+    def _run(self, num_rows: int) -> None:
+        cache = make_prompt_cache(self._skeleton)
+        with CacheTap(dict(enumerate(cache))) as self._tap:
+            _run(self._skeleton, mx.zeros((num_rows, 1), mx.int32), cache)
+        del self._tap  # it holds the whole graph
 
     def _visit(self, index: int, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._calls.append(index)
@@ -122,11 +126,14 @@ class _DryRun:
         """Entries filled before `layer` that it or a later one reads."""
         return tuple(sorted(e for e, readers in self.readers.items() if self.owner[e] < layer <= max(readers)))
 
-    def example_message(self, start: int) -> StageMessage:
-        assert self._message is not None
-        new_kv = {entry: self._message.new_kv[entry] for entry in self.entries_across(start)}
-        message = StageMessage(self._message.output, new_kv, self._message.shared)
-        arrays, structure = pack_message(message)
+    def example_message(self, start: int, num_rows: int) -> StageMessage:
+        """What the layer before `start` gives, with zeros in it."""
+        self._boundary = start - 1
+        self._run(num_rows)
+        message, self._message = self._message, None
+        assert message is not None
+        new_kv = {entry: message.new_kv[entry] for entry in self.entries_across(start)}
+        arrays, structure = pack_message(StageMessage(message.output, new_kv, message.shared))
         return unpack_message(structure, [mx.zeros(array.shape, array.dtype) for array in arrays])
 
 

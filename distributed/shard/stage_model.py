@@ -20,7 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from distributed.errors import PartitionError
 from distributed.partition import LayerRange
 from distributed.shard.caches import CacheTap, advance_phantom
-from distributed.shard.hooks import decoder_layers, fill_shared_dicts, hook_layers, shared_dicts
+from distributed.shard.hooks import Visitor, decoder_layers, fill_shared_dicts, hook_layers, shared_dicts
 from distributed.shard.layer_map import StagePlan, plan_stage, runs_batched
 from distributed.shard.message import FromCache, StageMessage, pack_message
 
@@ -36,7 +36,7 @@ class StageModel:
     """The layers `layer_range` of an mlx-lm model, with what belongs before the first and after the last.
 
     `num_layers`: of the whole model. `can_batch`: whether it runs on batched caches, on this and every other stage;
-    where not, sequences run one by one.
+    where not, sequences run one by one. `run_layer` runs each of its own layers; `measure` puts a clock in its place.
     """
 
     def __init__(self, model: nn.Module, layer_range: LayerRange):
@@ -58,6 +58,7 @@ class StageModel:
         self._layers = layers[layer_range.start : layer_range.end]
         self._plan: StagePlan | None = None  # none for a whole model, which runs as it is
         self._forward: _Forward | None = None
+        self.run_layer: Visitor = _just_run
         if not (self.is_first and self.is_last):
             self._plan = plan_stage(model, layer_range)
             hook_layers(layers, self._visit)
@@ -103,19 +104,25 @@ class StageModel:
             return forward.skip(index)
         if index == self.layer_range.start:
             fill_shared_dicts(args, kwargs, forward.shared)
-        output = run(*args, **kwargs)
+        output = self.run_layer(index, run, args, kwargs)
         if index == self.layer_range.end - 1 and not self.is_last:
             raise _EndOfStage(forward.message_after(output, shared_dicts(args, kwargs)))
         return output
 
-    def dry_run(self) -> tuple[Any, list[Any]]:
+    def example_message(self, num_rows: int = 1) -> StageMessage | None:
+        """What arrives here for one token of each row, but zeros; None on the first stage."""
+        return self._plan.example_message(num_rows) if self._plan and self._plan.example_message else None
+
+    def dry_run(self, cache: list[Any] | None = None) -> tuple[Any, list[Any]]:
         """One token through the stage, from empty caches and a message of zeros: output and caches, all lazy.
 
         Their shapes tell what a message and a cache hold; evaluating them reads just the weights the stage needs.
+
+        Args:
+            cache: empty caches to try in place of `make_cache`'s, of one sequence or one row.
         """
-        cache = self.make_cache()
-        message = self._plan.example_message if self._plan else None
-        return self(mx.zeros((1, 1), mx.int32), message, cache), cache
+        cache = self.make_cache() if cache is None else cache
+        return self(mx.zeros((1, 1), mx.int32), self.example_message(), cache), cache
 
     def load_weights_of_this_stage(self) -> None:
         """Read what this stage needs and nothing else, a tensor at a time so that the peak stays low.
@@ -130,6 +137,10 @@ class StageModel:
         output, cache = self.dry_run()
         mx.eval(pack_message(output)[0] if isinstance(output, StageMessage) else output, [c.state for c in cache])
         mx.clear_cache()
+
+
+def _just_run(index: int, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return run(*args, **kwargs)
 
 
 class _Forward:

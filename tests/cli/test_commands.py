@@ -82,6 +82,12 @@ def test_status_shows_ranks_layers_memory_and_requests(served: tuple[LaunchedPro
         assert wanted in shown.stdout
 
 
+def test_plan_knows_the_times_that_the_first_start_measured(served: tuple[LaunchedProject, str]):
+    project, _ = served
+    planned = project.launch("plan")
+    assert planned.returncode == 0 and "by measured times" in planned.stdout, planned.stdout
+
+
 def test_the_script_works_through_a_link(served: tuple[LaunchedProject, str], tmp_path: Path):
     project, _ = served
     (tmp_path / "server").symlink_to(project.root / "launch.sh")
@@ -144,6 +150,7 @@ def test_restart_applies_dotenv(served: tuple[LaunchedProject, str]):
 def test_plan_shows_what_would_run_where_and_starts_nothing(project: LaunchedProject):
     planned = project.launch("plan")
     assert planned.returncode == 0 and planned.stdout.count("fits") == 2, planned.stdout
+    assert "times the mean (by the bytes each rank reads in a step: nothing is measured yet)" in planned.stdout
     too_much = project.launch("plan", keys={"KV_CACHE_RESERVED_MEMORY_MB": "100000000"})
     assert too_much.returncode == 1 and "DOES NOT FIT" in too_much.stdout and "KV_CACHE_RESERVED" in too_much.stdout
     assert project.processes() == []

@@ -34,8 +34,14 @@ def test_sizes_are_readable():
 def test_each_rank_is_a_row_under_its_heading():
     heading, row = rank_lines([RANK])
     assert heading.split()[:4] == ["rank", "host", "pid", "layers"]
-    assert row.split() == ["0", "mac1", "7", "[0,", "15)", "3.0", "GiB", "0", "B", "2.0", "GiB"]
+    assert row.split() == ["0", "mac1", "7", "[0,", "15)", "3.0", "GiB", "0", "B", "2.0", "GiB", "-"]
     assert rank_lines([]) == []
+
+
+def test_a_rank_s_row_ends_with_how_busy_it_was_while_there_was_work():
+    counters = {"busy_s": 9.0, "idle_s": 1000.0, "bubble_s": 3.0}
+    heading, row = rank_lines([RANK | {"counters": counters}])
+    assert (heading.split()[-1], row.split()[-1]) == ("busy", "75%")
 
 
 def test_nothing_that_answers_is_no_health():

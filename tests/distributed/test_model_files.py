@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from distributed.errors import ModelError, PartitionError
-from distributed.memory import check_fits, configured_limit_bytes, plan_stages, rank_memory_limit_bytes
+from distributed.memory import configured_limit_bytes, rank_memory_limit_bytes
 from distributed.model_files import INDEX, ensure_weights, inspect_model, models_dir, prepare_model, read_header
 from distributed.partition import LayerRange
 from distributed.weight_names import WeightNames
@@ -235,30 +235,7 @@ def test_a_weight_file_that_vanishes_after_inspection_is_named(folder):
         ensure_weights(info, LayerRange(0, 2), True, False)
 
 
-# -- planning --------------------------------------------------------------------------------------------------------
-
-
-def test_a_plan_counts_all_weights_and_fits(folder):
-    info = inspect_model(folder)
-    plans = plan_stages(info, 3, [10_000_000] * 3, 1_000_000)
-    assert sum(plan.weight_bytes for plan in plans) == info.stage_bytes(LayerRange(0, 4))
-    assert all(plan.fits for plan in plans)
-    assert plans[0].kv_tokens == 1_000_000 // (info.kv_bytes_per_token_layer * len(plans[0].layer_range))
-    check_fits(plans)
-
-
-def test_a_plan_that_does_not_fit_is_shown_and_refused_with_the_keys_to_change(folder):
-    plans = plan_stages(inspect_model(folder), 2, [10_000_000, 1_000_000], 2_000_000)
-    assert [plan.fits for plan in plans] == [True, False]
-    with pytest.raises(PartitionError, match=r"^Rank 1 has 1 MiB.*KV_CACHE_RESERVED_MEMORY_MB.*WORKER_HOSTS"):
-        check_fits(plans)
-
-
-def test_a_plan_follows_an_explicit_split(folder):
-    plans = plan_stages(inspect_model(folder), 2, None, 0, layer_split=[3, 1])
-    assert [len(plan.layer_range) for plan in plans] == [3, 1]
-    with pytest.raises(PartitionError, match="adds up to 5"):
-        plan_stages(inspect_model(folder), 2, None, 0, layer_split=[3, 2])
+# -- the machine's memory ----------------------------------------------------------------------------------------------
 
 
 def test_ranks_of_one_machine_share_its_memory_and_the_limit_caps_each():

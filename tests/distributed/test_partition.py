@@ -1,6 +1,7 @@
 """The split of layers, against brute force over every split of a small model."""
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,13 @@ from distributed.partition import LayerRange, explicit_split, split_layers
 def all_splits(num_layers: int, num_stages: int):
     for cuts in itertools.combinations(range(1, num_layers), num_stages - 1):
         yield [LayerRange(*pair) for pair in itertools.pairwise((0, *cuts, num_layers))]
+
+
+def at_the_ends(num_stages: int, first: float, last: float) -> list[Any]:
+    others: list[Any] = [0] * num_stages
+    others[0] += first
+    others[-1] += last
+    return others
 
 
 def lengths(ranges) -> list[int]:
@@ -31,7 +39,7 @@ def test_the_slowest_stage_is_as_fast_as_in_the_best_of_all_splits(data):
         stages[-1] += last
         return max(stages)
 
-    ranges = split_layers(costs, num_stages, first_cost=first, last_cost=last)
+    ranges = split_layers([costs] * num_stages, other_costs=at_the_ends(num_stages, first, last))
     best = min(slowest(split) for split in all_splits(len(costs), num_stages))
     assert slowest(ranges) == pytest.approx(best, rel=1e-6)
     assert [layer for layer_range in ranges for layer in layer_range] == list(range(len(costs)))
@@ -52,7 +60,10 @@ def test_every_stage_stays_within_its_memory_or_no_split_does(data):
 
     try:
         ranges = split_layers(
-            sizes, num_stages, layer_bytes=sizes, first_bytes=first, last_bytes=last, memory_limits=limits
+            [sizes] * num_stages,
+            layer_bytes=sizes,
+            other_bytes=at_the_ends(num_stages, first, last),
+            memory_limits=limits,
         )
     except PartitionError:
         assert not any(fits(split) for split in all_splits(len(sizes), num_stages))
@@ -61,43 +72,54 @@ def test_every_stage_stays_within_its_memory_or_no_split_does(data):
 
 
 def test_equal_layers_are_spread_evenly():
-    assert sorted(lengths(split_layers([1.0] * 30, 4))) == [7, 7, 8, 8]
+    assert sorted(lengths(split_layers([[1.0] * 30] * 4))) == [7, 7, 8, 8]
 
 
 def test_a_heavy_head_gets_fewer_layers_beside_it():
-    assert lengths(split_layers([1.0] * 30, 2, last_cost=8)) == [19, 11]
+    assert lengths(split_layers([[1.0] * 30] * 2, other_costs=[0, 8])) == [19, 11]
+
+
+def test_a_machine_twice_as_fast_gets_twice_the_layers():
+    assert lengths(split_layers([[2.0] * 30, [1.0] * 30])) == [10, 20]
+
+
+def test_a_machine_that_is_slow_with_one_kind_of_layer_gets_the_other_kind():
+    """Six layers of one kind, then six of another; the first machine takes ten times as long for the second kind."""
+    assert lengths(split_layers([[1.0] * 6 + [10.0] * 6, [1.0] * 12])) == [6, 6]
+
+
+@given(st.data())
+def test_with_machines_of_any_speeds_the_slowest_stage_is_as_fast_as_can_be(data):
+    num_layers = data.draw(st.integers(1, 8))
+    num_stages = data.draw(st.integers(1, min(4, num_layers)))
+    row = st.lists(st.floats(0.01, 100), min_size=num_layers, max_size=num_layers)
+    costs = data.draw(st.lists(row, min_size=num_stages, max_size=num_stages))
+
+    def slowest(ranges) -> float:
+        return max(sum(costs[stage][layer] for layer in part) for stage, part in enumerate(ranges))
+
+    best = min(slowest(split) for split in all_splits(num_layers, num_stages))
+    assert slowest(split_layers(costs)) == pytest.approx(best, rel=1e-6)
 
 
 def test_a_small_machine_gets_what_it_can_hold():
-    ranges = split_layers([1.0] * 12, 3, layer_bytes=[10] * 12, memory_limits=[1000, 25, 1000])
+    ranges = split_layers([[1.0] * 12] * 3, layer_bytes=[10] * 12, memory_limits=[1000, 25, 1000])
     assert lengths(ranges) == [5, 2, 5]
 
 
-def test_embeddings_shared_by_both_ends_count_once_on_one_stage():
-    def split_with(limit: int):
-        held = [10, 10]
-        return split_layers(
-            held, 1, layer_bytes=held, first_bytes=5, last_bytes=6, shared_bytes=5, memory_limits=[limit]
-        )
-
-    assert lengths(split_with(26)) == [2]
-    with pytest.raises(PartitionError):
-        split_with(25)
-
-
-def test_what_middle_stages_need_besides_layers_counts_against_their_memory():
-    ranges = split_layers([1] * 9, 3, layer_bytes=[10] * 9, middle_bytes=15, memory_limits=[90, 40, 90])
+def test_what_a_stage_needs_besides_layers_counts_against_its_memory():
+    ranges = split_layers([[1] * 9] * 3, layer_bytes=[10] * 9, other_bytes=[0, 15, 0], memory_limits=[90, 40, 90])
     assert len(ranges[1]) == 2
 
 
 def test_a_model_that_does_not_fit_names_the_keys_to_change():
     with pytest.raises(PartitionError, match=r"do not fit.*WORKER_HOSTS.*KV_CACHE_RESERVED_MEMORY_MB"):
-        split_layers([1, 1], 2, layer_bytes=[2**30, 2**30], memory_limits=[2**30, 2**20])
+        split_layers([[1, 1]] * 2, layer_bytes=[2**30, 2**30], memory_limits=[2**30, 2**20])
 
 
 def test_more_ranks_than_layers_is_refused():
     with pytest.raises(PartitionError, match="RING_SIZE to at most 2"):
-        split_layers([1, 1], 3)
+        split_layers([[1, 1]] * 3)
 
 
 def test_an_explicit_split_becomes_ranges():
