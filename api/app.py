@@ -18,7 +18,8 @@ from starlette.responses import Response
 from api.engine_client import EngineClient
 from api.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound, error_response, http_status
 from api.middleware import ApiKeyCheck, ErrorBoundary, RequestId
-from api.routes import chat, health, models
+from api.ring_metrics import RingCollector
+from api.routes import chat, health, metrics, models
 from api.service import Service
 from api.supervisor import Supervisor
 from config import Settings
@@ -33,7 +34,8 @@ def create_app(settings: Settings, engine: EngineClient, supervisor: Supervisor)
     # The description at /docs comes with the rest of OpenAI's surface; a wrong one would be worse than none.
     app = FastAPI(title="mlx-ring-server", openapi_url=None, redirect_slashes=False)
     app.state.service = Service(settings, engine, supervisor)
-    for routes in (chat, models, health):
+    engine.metrics.registry.register(RingCollector(engine, supervisor))
+    for routes in (chat, models, health, metrics):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_exception)

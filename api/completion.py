@@ -53,7 +53,8 @@ class Completion:
 
     @property
     def usage(self) -> Usage:
-        return Usage.of(len(self.generation.prompt_token_ids), self.completion_tokens)
+        generation = self.generation
+        return Usage.of(len(generation.prompt_token_ids), self.completion_tokens, generation.num_cached_tokens)
 
     @property
     def performance(self) -> Performance:

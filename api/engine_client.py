@@ -17,6 +17,7 @@ from typing import Any
 
 from api.errors import ApiError, EngineFailure, QueueFull, Stalled
 from api.generation import Generation
+from api.metrics import RequestMetrics
 from server.protocol import (
     PROTOCOL_VERSION,
     Cancel,
@@ -52,6 +53,7 @@ class EngineClient:
     ) -> None:
         """`rank_settings`: what `Configure` carries to the ranks."""
         self.clock = clock
+        self.metrics = RequestMetrics()
         self.life: asyncio.Queue[Progress | Ready | Failed | None] = asyncio.Queue()  # None: rank 0 has gone
         self.stats: Stats | None = None
         self.ready: Ready | None = None
@@ -186,9 +188,10 @@ class EngineClient:
         now = self.last_message_at = self.clock()
         if isinstance(message, StepOutput):
             self.last_step_at = now
-            for request_id in message.started:
-                if generation := self.generations.get(request_id):
-                    generation.start(now)
+            for started in message.started:
+                if generation := self.generations.get(started.request_id):
+                    self.metrics.starts(generation, now)
+                    generation.start(now, started.num_cached_tokens)
             for output in message.outputs:
                 self._take_output(output, now)
         elif isinstance(message, Stats):
@@ -214,6 +217,8 @@ class EngineClient:
         if output.finish_reason == "error":
             self._fail(generation, EngineFailure(output.error or "The ring could not serve this request."))
             return
+        if output.token_ids:
+            self.metrics.takes_tokens(generation, now)
         generation.take(output, now)
         if output.finish_reason is not None:
             del self.generations[output.request_id]

@@ -25,11 +25,13 @@ class Generation:
     max_tokens: int
     max_tokens_given: bool
     stop_token_ids: list[int]
+    priority: int = 0
     request_id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(16)}")
     output_token_ids: list[int] = field(default_factory=list)
     accepted_at: float = 0.0
     progressed_at: float = 0.0
     started_at: float | None = None
+    num_cached_tokens: int = 0  # of the prompt, when a ring began with it for the first time
     first_token_at: float | None = None
     last_token_at: float | None = None
     is_running: bool = False  # its prefill has begun on the ring that serves now
@@ -47,14 +49,16 @@ class Generation:
             max_tokens_given=self.max_tokens_given,
             stop_token_ids=self.stop_token_ids,
             output_token_ids=list(self.output_token_ids),
+            priority=self.priority,
         )
 
-    def start(self, now: float) -> None:
-        """The ring has begun with it."""
+    def start(self, now: float, num_cached_tokens: int) -> None:
+        """The ring has begun with it. What another ring finds in its cache later is no merit of the client's prompt."""
         self.is_running = self.is_prefilling = True
         self.progressed_at = now
         if self.started_at is None:
             self.started_at = now
+            self.num_cached_tokens = num_cached_tokens
 
     def take(self, output: SequenceOutput, now: float) -> None:
         """What a step gave it."""

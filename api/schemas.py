@@ -180,6 +180,7 @@ _Penalty = Annotated[float, Field(ge=-2, le=2)]
 _Probability = Annotated[float, Field(ge=0, le=1)]
 _Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 _TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 _MetadataKey = Annotated[str, Field(max_length=64)]
 _MetadataValue = Annotated[str, Field(max_length=512)]
 _Metadata = Annotated[dict[_MetadataKey, _MetadataValue], Field(max_length=16)]
@@ -213,6 +214,7 @@ class ChatCompletionRequest(Received):
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), AfterValidator(_top_k)] | None = None
     min_p: _Probability | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    priority: _Priority | None = None  # smaller goes first
     # documented by OpenAI, not done
     audio: Annotated[Any, only()] = None
     function_call: Annotated[Any, only("none", "auto")] = None
@@ -287,8 +289,8 @@ class Usage(Sent):
     completion_tokens_details: CompletionTokensDetails
 
     @classmethod
-    def of(cls, prompt_tokens: int, completion_tokens: int) -> Usage:
-        prompt_details = PromptTokensDetails(cached_tokens=0, audio_tokens=0)
+    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+        prompt_details = PromptTokensDetails(cached_tokens=cached_tokens, audio_tokens=0)
         completion_details = CompletionTokensDetails(
             reasoning_tokens=0, audio_tokens=0, accepted_prediction_tokens=0, rejected_prediction_tokens=0
         )

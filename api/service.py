@@ -48,6 +48,7 @@ class Service:
             max_tokens=self._max_tokens(request, len(prompt), longest),
             max_tokens_given=request.token_limit is not None,
             stop_token_ids=tokenizer.stop_token_ids,
+            priority=request.priority or 0,
         )
         return generation, tokenizer
 

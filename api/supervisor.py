@@ -55,6 +55,7 @@ class Supervisor:
         self.state: State = "starting"
         self.detail = "starting the ring"
         self.tokenizer: ChatTokenizer | None = None  # of the first ring that was ready; stays when a ring is lost
+        self.num_lost = 0  # rings that were lost while they served
         self.hurry = False  # set by whoever wants `stop` to wait for nobody
         self._settings = settings
         self._engine = engine
@@ -176,6 +177,7 @@ class Supervisor:
         else:
             lost = RingLost(f"it cannot be started: {error}")
         lost.served = self.state == "ready"
+        self.num_lost += lost.served
         logger.error("the ring is lost: %s", lost.reason)
         self._enter("starting" if self.tokenizer is None else "restarting", lost.reason)
         return lost

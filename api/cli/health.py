@@ -50,12 +50,19 @@ def rank_lines(ranks: list[dict[str, Any]]) -> list[str]:
     """A table of what each rank holds."""
     if not ranks:
         return []
-    rows: list[tuple[str, ...]] = [("rank", "host", "pid", "layers", "memory", "KV cache", "of at most")]
+    rows: list[tuple[str, ...]] = [("rank", "host", "pid", "layers", "memory", "KV cache", "of at most", "busy")]
     for rank in ranks:
         start, end = rank["layers"]
         sizes = (format_bytes(rank[key]) for key in ("memory_bytes", "kv_cache_bytes", "kv_cache_bytes_limit"))
-        rows.append((str(rank["rank"]), rank["host"], str(rank["pid"]), f"[{start}, {end})", *sizes))
+        rows.append((str(rank["rank"]), rank["host"], str(rank["pid"]), f"[{start}, {end})", *sizes, _busy(rank)))
     return table(rows)
+
+
+def _busy(rank: dict[str, Any]) -> str:
+    """How much of the time in which the ring had work this rank computed, since it got ready."""
+    counters = rank.get("counters") or {}
+    busy_s, bubble_s = counters.get("busy_s", 0.0), counters.get("bubble_s", 0.0)
+    return f"{busy_s / (busy_s + bubble_s):.0%}" if busy_s else "-"
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:

@@ -17,9 +17,10 @@ from starlette.responses import Response
 
 from api.body import read_json_body
 from api.completion import Completion
-from api.errors import ApiError
+from api.errors import ApiError, http_status
+from api.metrics import RequestMetrics
 from api.schemas import ChatCompletionChunk, ChatCompletionRequest
-from api.service import service_of
+from api.service import Service, service_of
 from api.sse import DONE, EventStream, error_event, event
 from api.validation import parse_request
 
@@ -33,22 +34,19 @@ MAX_LOGGED = 64  # characters of a client's word that the log repeats
 @router.post("/v1/chat/completions")
 async def create_chat_completion(request: Request) -> Response:
     service = service_of(request)
-    body = await read_json_body(request, service.settings.max_body_bytes)
-    chat, ignored = await parse_request(ChatCompletionRequest, body, service.settings.unknown_fields)
-    service.check_model(chat.model)
-    generation, tokenizer = await service.prepare(chat)
-    service.engine.submit(generation)
-    completion = Completion(chat, generation, tokenizer, service.engine)
+    metrics = service.engine.metrics
+    try:
+        chat, completion, headers = await _accept(request, service)
+    except ApiError as error:
+        metrics.failed(http_status(error))
+        raise
     sender = _sender(getattr(request.state, "api_key_label", None), chat)
-    headers = {}
-    if ignored:
-        logger.warning("%s: ignored unknown fields: %s", generation.request_id, ", ".join(ignored))
-        headers["x-ignored-fields"] = ", ".join(ignored).encode("ascii", "backslashreplace").decode()
     if not chat.stream:
         try:
             answer = await _unless_the_client_leaves(request, completion.whole())
         finally:
             _log(completion, sender)
+            _count(completion, metrics)
         return Response(answer.to_json(), media_type="application/json", headers=headers)
 
     chunks = completion.chunks()
@@ -56,6 +54,7 @@ async def create_chat_completion(request: Request) -> Response:
     async def end() -> None:
         await chunks.aclose()
         _log(completion, sender)
+        _count(completion, metrics)
 
     try:
         # What goes wrong before the first token still becomes an HTTP status.
@@ -64,6 +63,20 @@ async def create_chat_completion(request: Request) -> Response:
         await end()
         raise
     return EventStream(_events(first, chunks), end, headers)
+
+
+async def _accept(request: Request, service: Service) -> tuple[ChatCompletionRequest, Completion, dict[str, str]]:
+    """The request, its running completion and headers for the answer. Raises ApiError for what is refused."""
+    body = await read_json_body(request, service.settings.max_body_bytes)
+    chat, ignored = await parse_request(ChatCompletionRequest, body, service.settings.unknown_fields)
+    service.check_model(chat.model)
+    generation, tokenizer = await service.prepare(chat)
+    service.engine.submit(generation)
+    headers = {}
+    if ignored:
+        logger.warning("%s: ignored unknown fields: %s", generation.request_id, ", ".join(ignored))
+        headers["x-ignored-fields"] = ", ".join(ignored).encode("ascii", "backslashreplace").decode()
+    return chat, Completion(chat, generation, tokenizer, service.engine), headers
 
 
 async def _events(
@@ -124,3 +137,15 @@ def _log(completion: Completion, sender: str) -> None:
         performance.total_time,
         outcome,
     )
+
+
+def _count(completion: Completion, metrics: RequestMetrics) -> None:
+    if completion.finish_reason is not None:
+        metrics.answered(
+            completion.finish_reason,
+            latency_s=completion.performance.total_time,
+            prompt_tokens=len(completion.generation.prompt_token_ids),
+            generation_tokens=completion.completion_tokens,
+        )
+    else:
+        metrics.failed(http_status(completion.failure) if completion.failure is not None else None)

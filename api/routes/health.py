@@ -7,6 +7,7 @@ who show one. Read by launch.sh, by load balancers and by people.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter
@@ -15,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from api.engine_client import RETRY_AFTER_S
 from api.service import service_of
+from server.protocol import RankInfo, SchedulerCounters
 
 router = APIRouter()
 
@@ -36,7 +38,22 @@ async def health(request: Request) -> Response:
             "max_sequence_length": ready.max_sequence_length if ready else None,
             "kv_cache_tokens": ready.kv_cache_tokens if ready else None,
             "requests": {"running": engine.num_running, "waiting": engine.num_waiting},
-            "ranks": [msgspec.to_builtins(rank) for rank in supervisor.ranks],
+            "prefix_cache": _prefix_cache(engine.stats.counters) if engine.stats else None,
+            "ranks": [_rank(info) for info in supervisor.ranks],
         }
     headers = {} if is_ready else {"Retry-After": str(RETRY_AFTER_S)}
     return JSONResponse(report, 200 if is_ready else 503, headers)
+
+
+def _prefix_cache(counters: SchedulerCounters) -> dict[str, int]:
+    """What it holds now, and how many of the prompts' tokens it had; since the ring's start."""
+    return {
+        "entries": counters.num_prefix_entries,
+        "tokens": counters.num_prefix_tokens,
+        "prompt_tokens": counters.num_prompt_tokens,
+        "cached_tokens": counters.num_cached_tokens,
+    }
+
+
+def _rank(info: RankInfo) -> dict[str, Any]:
+    return msgspec.to_builtins(info) | {"counters": msgspec.structs.asdict(info.counters)}

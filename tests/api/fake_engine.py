@@ -14,7 +14,17 @@ from typing import Any
 import msgspec
 
 from api.engine_client import EngineClient
-from server.protocol import Configure, FromEngine, RankInfo, Ready, SequenceOutput, StepOutput, ToEngine, encode
+from server.protocol import (
+    Configure,
+    FromEngine,
+    RankInfo,
+    Ready,
+    SequenceOutput,
+    Started,
+    StepOutput,
+    ToEngine,
+    encode,
+)
 
 _to_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToEngine)
 
@@ -50,7 +60,7 @@ class FakeEngine:
 
     def step(self, request_id: str, *token_ids: int, finish_reason: str | None = None, start: bool = False) -> None:
         output = SequenceOutput(request_id, list(token_ids), finish_reason)
-        self.send(StepOutput([output], [request_id] if start else []))
+        self.send(StepOutput([output], [Started(request_id, 0)] if start else []))
 
     async def leave(self) -> None:
         self._writer.close()

@@ -23,7 +23,7 @@ from api.engine_client import EngineClient
 from api.supervisor import Supervisor
 from api.tokenizer import ChatTokenizer
 from config import Settings
-from server.protocol import StepOutput, Submit
+from server.protocol import Started, StepOutput, Submit
 from tests.api.fake_engine import READY, FakeEngine, connected
 from tests.running_server import free_ports
 from tests.tiny_chat_model import VOCAB_SIZE
@@ -53,11 +53,11 @@ class Served:
             while not holds():
                 await asyncio.sleep(0.001)
 
-    async def answer(self, *pieces: str, finish_reason: str | None = "stop") -> Submit:
+    async def answer(self, *pieces: str, finish_reason: str | None = "stop", num_cached_tokens: int = 0) -> Submit:
         """Take the next request and answer it with `pieces`, a step each."""
         submit = await self.engine.read()
         assert isinstance(submit, Submit), submit
-        self.engine.send(StepOutput(started=[submit.request_id]))
+        self.engine.send(StepOutput(started=[Started(submit.request_id, num_cached_tokens)]))
         for piece in pieces:
             self.engine.step(submit.request_id, *self.ids(piece))
         if finish_reason is not None:

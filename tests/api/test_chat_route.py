@@ -93,6 +93,19 @@ def test_a_stream_has_openai_s_chunks_in_openai_s_order(tmp_path: Path, tiny_cha
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_usage_says_how_much_of_the_prompt_was_cached(tmp_path: Path, tiny_chat_model: Path, stream: bool):
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model) as app:
+            asking = post(app, stream=stream, **({"stream_options": {"include_usage": True}} if stream else {}))
+            await app.answer("one", num_cached_tokens=3)
+            response = await asking
+            usage = events(response.text)[-2]["usage"] if stream else response.json()["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] == 3
+
+    run(test())
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_string_across_tokens_ends_the_answer_and_frees_the_sequence(
     tmp_path: Path, tiny_chat_model: Path, stream: bool
 ):
@@ -253,8 +266,8 @@ def test_a_request_waits_while_the_ring_is_restarted(tmp_path: Path, tiny_chat_m
 def test_a_stream_goes_on_over_a_restart_without_a_repeated_token(tmp_path: Path, tiny_chat_model: Path):
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model) as app:
-            asking = post(app, stream=True)
-            first = await app.answer("one", " two", finish_reason=None)
+            asking = post(app, stream=True, stream_options={"include_usage": True})
+            first = await app.answer("one", " two", finish_reason=None, num_cached_tokens=2)
             generation = app.client.generations[first.request_id]
             ready = app.client.ready
             assert ready is not None
@@ -262,12 +275,13 @@ def test_a_stream_goes_on_over_a_restart_without_a_repeated_token(tmp_path: Path
             await app.until(lambda: generation.output_token_ids == delivered)
             app.client.suspend()
             app.client.serve(ready)
-            again = await app.answer(" three")
+            again = await app.answer(" three", num_cached_tokens=0)
             assert again.request_id == first.request_id
             assert again.output_token_ids == delivered
             assert again.sampling.seed == first.sampling.seed
-            chunks = events((await asking).text)[:-1]
+            *chunks, last, _ = events((await asking).text)
             assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "one two three"
+            assert last["usage"]["prompt_tokens_details"]["cached_tokens"] == 2  # as at its first start
 
     run(test())
 
@@ -290,6 +304,17 @@ def test_a_prompt_that_is_too_long_is_refused_in_openai_s_words(tmp_path: Path, 
             exact = post(app, max_tokens=20 - len(submit.prompt_token_ids))
             await app.answer("one")
             assert (await exact).status_code == 200
+
+    run(test())
+
+
+@pytest.mark.parametrize(("given", "sent"), [({}, 0), ({"priority": None}, 0), ({"priority": -7}, -7)])
+def test_the_ring_is_told_the_priority(tmp_path: Path, tiny_chat_model: Path, given: dict[str, Any], sent: int):
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model) as app:
+            asking = post(app, **given)
+            assert (await app.answer("one")).priority == sent
+            await asking
 
     run(test())
 
