@@ -25,7 +25,10 @@ from distributed.shard.hooks import decoder_layers, hook_layers, shared_dicts
 from distributed.shard.message import StageMessage, pack_message, unpack_message
 
 # Architectures that mlx-lm computes wrongly, without an error, for the shorter sequences of a batch.
-WRONG_IN_BATCHES = {"mlx_lm.models.afm7"}  # places queries at the padded length
+WRONG_IN_BATCHES = {
+    "mlx_lm.models.afm7",  # places queries at the padded length
+    "mlx_lm.models.minimax_m3_vl",  # cuts its sparse blocks by the place in the cache, padding counted
+}
 
 
 @dataclass(frozen=True)
