@@ -38,7 +38,9 @@ class Envelope(msgspec.Struct, tag="frame", frozen=True):
 
 
 class Credit(msgspec.Struct, tag="credit", frozen=True):
-    """The receiver took a frame out of its inbox: one more may be sent."""
+    """The receiver took `count` frames out of its inbox: so many more may be sent."""
+
+    count: int
 
 
 class Heartbeat(msgspec.Struct, tag="heartbeat", frozen=True):

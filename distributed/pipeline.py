@@ -24,7 +24,11 @@ from distributed.frames import Credit, Envelope, Goodbye, Heartbeat, Lap, Tensor
 from distributed.ring import Ring
 
 _GOODBYE_WAIT_S = 1.0
-INBOX_SLOTS = 4  # frames a rank accepts before it computes; more only moves the queue downstream
+INBOX_SLOTS = 8  # frames a rank accepts before it computes; more only moves the queue downstream
+_FRAMES_A_CREDIT = 4  # slots given back at once: a message for each is a tenth of what a short frame takes
+# Tensors up to this size are sent before they are announced, so that the receiver's recv finds them there and does not
+# spin for them. They fit into any socket's buffers; larger ones would wait in the sender for a recv that nobody posts.
+_SENT_AHEAD_BYTES = 64 * 1024
 
 
 class Arrival(NamedTuple):
@@ -58,6 +62,7 @@ class Pipeline:
         self._left, self._right = left, right
         self._outbox: queue.SimpleQueue[tuple[bytes, Sequence[mx.array]]] = queue.SimpleQueue()
         self._credits = threading.Semaphore(INBOX_SLOTS)
+        self._num_free = 0  # slots that the left neighbour does not know of yet
         self._laps: queue.SimpleQueue[Lap] = queue.SimpleQueue()
         self._reports_from_left: list[bytes] = []
         self._is_closing = threading.Event()  # neighbours may go now
@@ -81,8 +86,10 @@ class Pipeline:
 
     def acknowledge(self) -> None:
         """Give the left neighbour the slot of one `Arrival` back: the frame is about to be computed."""
-        if self._left is not None:
-            self._left.send(Credit())
+        self._num_free += 1
+        if self._left is not None and self._num_free == _FRAMES_A_CREDIT:
+            self._num_free = 0
+            self._left.send(Credit(_FRAMES_A_CREDIT))
 
     def lap(self, record: bytes) -> list[bytes]:
         """Start-up: exchange one record with every rank, in rank order, without spinning. Every rank calls this
@@ -161,8 +168,8 @@ class Pipeline:
                     return
                 raise
             match message:
-                case Credit():
-                    self._credits.release()
+                case Credit(count=count):
+                    self._credits.release(count)
                 case Heartbeat():
                     pass
                 case _:
@@ -173,9 +180,14 @@ class Pipeline:
             header, arrays = self._outbox.get()
             self._credits.acquire()
             began = time.perf_counter()
-            right.send(Envelope(header, [tensor_spec(array) for array in arrays]))
-            if arrays:
+            envelope = Envelope(header, [tensor_spec(array) for array in arrays])
+            if 0 < sum(array.nbytes for array in arrays) <= _SENT_AHEAD_BYTES:
                 self.ring.send(arrays)
+                right.send(envelope)
+            else:
+                right.send(envelope)
+                if arrays:
+                    self.ring.send(arrays)
             self.sending_s += time.perf_counter() - began
 
     def _beat_forever(self) -> None:

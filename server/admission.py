@@ -7,6 +7,7 @@ rather than failed. Pure bookkeeping; the scheduler drives it and decides what r
 
 from __future__ import annotations
 
+import logging
 from bisect import insort
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from server.prefill import PrefillQueue
 from server.prefix_cache import MIN_TOKENS, Hit, PrefixCache, num_shared_tokens
 from server.protocol import Started
 from server.sequence import Sequence, SequenceStatus
+
+logger = logging.getLogger(__name__)
 
 GROWTH_TOKENS = 512  # set aside for a request without max_tokens, and again each time it outgrows that
 
@@ -253,6 +256,7 @@ class Admission:
         if move is None:
             return
         target = move.target or self.groups.open()
+        logger.debug("%d of %d groups wanted: %d rows move", num_wanted, len(self.groups), len(move.sequences))
         detached = []
         for sequence in move.sequences:
             if sequence in move.source.rows:

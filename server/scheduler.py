@@ -21,6 +21,8 @@ from server.protocol import SchedulerCounters, SequenceOutput, Started, Submit
 from server.sequence import Sequence, SequenceStatus
 from server.step_times import StepTimes
 
+_UNSATURATED = 1.05  # a way round that takes so many times longer than all groups' turns on the slowest stage
+
 
 @dataclass(frozen=True)
 class SchedulerOptions:
@@ -60,7 +62,6 @@ class _InFlight:
     rows: list[tuple[Sequence, int]] = field(default_factory=list)  # and the index of the token it will draw
     num_groups: int = 0
     num_prefill_tokens: int = 0
-    was_alone: bool = False  # in the ring
     was_clean: bool = False  # no prefill in flight, which would slow it down where ranks share a machine
 
 
@@ -171,7 +172,8 @@ class Scheduler:
     def _note_times(self, done: _InFlight, stage_seconds: list[float], round_trip_s: float) -> None:
         if done.rows and done.was_clean and not any(other.num_prefill_tokens for other in self._in_flight.values()):
             self._step_times.note(done.num_groups, len(done.rows), stage_seconds)
-            if done.was_alone and not self._in_flight:
+            # With all stages busy a group also waits for its turn, which is no overhead of the links.
+            if round_trip_s > _UNSATURATED * done.num_groups * max(stage_seconds):
                 self._step_times.note_overhead(round_trip_s - sum(stage_seconds))
         if done.num_prefill_tokens:
             self._prefill.times.note(done.num_prefill_tokens, stage_seconds)
@@ -257,7 +259,6 @@ class Scheduler:
         frame = Frame(next(self._frame_ids), changes.operations, rows, group_id, after_idle=self._is_idle)
         self._is_idle = False
         in_flight.was_clean = not any(other.num_prefill_tokens for other in self._in_flight.values())
-        in_flight.was_alone = not self._in_flight
         self._in_flight[frame.frame_id] = in_flight
         return Step(frame, token_ids, changes.started)
 

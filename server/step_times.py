@@ -39,7 +39,7 @@ class StepTimes:
             self._forget_old()
 
     def note_overhead(self, seconds: float) -> None:
-        """What a step that had the ring to itself took besides computing: links, headers, waking up."""
+        """What a step that found free stages took besides computing: links, headers, waking up."""
         self._overheads.append(max(0.0, seconds))
 
     @property

@@ -27,7 +27,7 @@ def connected() -> Iterator[tuple[Connection, socket.socket]]:
 def test_messages_arrive_as_they_were_sent(connected: tuple[Connection, socket.socket]):
     ours, theirs = connected
     envelope = Envelope(b"\x00header", [TensorSpec((2, 3), "bfloat16")])
-    for message in (envelope, Credit(), Heartbeat([b"a", b"b"])):
+    for message in (envelope, Credit(4), Heartbeat([b"a", b"b"])):
         theirs.sendall(encode(message))
         assert ours.receive() == message
 
@@ -53,7 +53,7 @@ def test_the_end_of_a_peer_is_an_error_that_names_it(connected: tuple[Connection
     [
         struct.pack(">I", MAX_CONTROL_BYTES + 1),
         struct.pack(">I", 5) + b"\xc1\xc1\xc1\xc1\xc1",
-        encode(Credit())[:4] + b"\x00" * 9,
+        encode(Credit(4))[:4] + b"\x00" * 9,
     ],
 )
 def test_garbage_and_oversized_messages_are_errors(connected: tuple[Connection, socket.socket], data: bytes):
@@ -81,10 +81,10 @@ def test_only_the_neighbour_with_the_token_is_believed(monkeypatch: pytest.Monke
     strangers[2].sendall(encode(Hello("token", 7)))
     strangers[3].close()  # 4 says nothing
     neighbour = socket.create_connection(address)
-    neighbour.sendall(encode(Hello("token", 1)) + encode(Credit()))
+    neighbour.sendall(encode(Hello("token", 1)) + encode(Credit(4)))
     with right:
         left, to_right = connect_neighbours(own, right.getsockname(), token="token", rank=0, size=2)
-        assert left.peer == 1 and left.receive() == Credit()
+        assert left.peer == 1 and left.receive() == Credit(4)
         left.close()
         to_right.close()
     for sock in [*strangers, neighbour]:
