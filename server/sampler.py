@@ -50,7 +50,7 @@ class Sampler:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._requests: dict[int, _Request] = {}
-        self._cached: tuple[tuple[int, ...], _BatchParams] | None = None
+        self._batches: dict[tuple[int, ...], _BatchParams] = {}  # by their rows; groups take turns
 
     def admit(self, sequence_id: int, params: SamplingParams, num_prompt_tokens: int) -> None:
         """Take a sequence on; its tokens follow through `observe`, from the first."""
@@ -64,7 +64,7 @@ class Sampler:
     def forget(self, sequence_id: int) -> None:
         """Drop a sequence."""
         self._requests.pop(sequence_id, None)
-        self._cached = None
+        self._batches = {rows: batch for rows, batch in self._batches.items() if sequence_id not in rows}
 
     def observe(self, sequence_id: int, token_ids: list[int]) -> None:
         """Tokens that just ran, in order; they count for the penalties of the next draw."""
@@ -115,11 +115,14 @@ class Sampler:
         return mx.where(batch.is_greedy, greedy, sampled)
 
     def _batch_params(self, sequence_ids: tuple[int, ...]) -> _BatchParams:
-        """Made anew only when the batch's composition changes."""
-        if self._cached is None or self._cached[0] != sequence_ids:
-            requests = [self._requests[sequence_id] for sequence_id in sequence_ids]
-            self._cached = (sequence_ids, _columns(requests, self._vocab_size))
-        return self._cached[1]
+        """Made anew only when a group's composition changes."""
+        if (batch := self._batches.get(sequence_ids)) is None:
+            batch = _columns([self._requests[sequence_id] for sequence_id in sequence_ids], self._vocab_size)
+            # A sequence decodes in one group at a time: its earlier ones are of no more use.
+            members = set(sequence_ids)
+            self._batches = {rows: other for rows, other in self._batches.items() if members.isdisjoint(rows)}
+            self._batches[sequence_ids] = batch
+        return batch
 
 
 def _columns(requests: list[_Request], vocab_size: int) -> _BatchParams:

@@ -18,7 +18,7 @@ from distributed.shard.message import StageMessage, pack_message, unpack_message
 from distributed.shard.stage_model import StageModel
 from server.cache_ops import Cache, measure_cost, uncopyable_class
 from server.errors import DisagreementError
-from server.frame import Admit, Frame, Header, Leave, ResultHeader, StepHeader
+from server.frame import Admit, Frame, Header, Keep, Leave, ResultHeader, StepHeader
 from server.kv_budget import MIB, RankCost
 from server.kv_cache import KVCacheStore
 from server.quantization import quantized_make_cache
@@ -116,6 +116,8 @@ class Stage:
                 case Leave(sequence_ids=sequence_ids):
                     for sequence_id in sequence_ids:
                         self._sampler.forget(sequence_id)
+                case Keep(sequence_id=sequence_id, leaves=True):
+                    self._sampler.forget(sequence_id)
 
     def _sample(self, frame: Frame, token_ids: mx.array, logits: mx.array) -> list[mx.array]:
         """The next token of each row of a decode frame, (rows,); nothing for a prefill frame: its logits stay lazy."""

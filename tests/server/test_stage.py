@@ -201,6 +201,17 @@ def test_penalties_count_the_tokens_of_a_kept_prefix():
     assert of_whole.num_seen == of_cached.num_seen == 4
 
 
+def test_the_sampler_forgets_whoever_leaves_with_or_without_an_entry():
+    ring = Ring("llama", 2)
+    sampler: Any = ring.stages[-1]._sampler
+    rows = [Row(0, 3, 3), Row(1, 3, 3)]
+    for row in rows:
+        ring.run(Frame(row.sequence_id, [Admit(row.sequence_id, 4, PENALIZED)], [row]), [[5, 6, 7]])
+    assert set(sampler._requests) == {0, 1}
+    ring.run(Frame(2, [Keep(9, 0, 3, leaves=True), Leave([1])]))
+    assert not sampler._requests
+
+
 def test_every_stage_adds_what_the_rows_took():
     ring = Ring("llama", 3)
     started = time.perf_counter()
