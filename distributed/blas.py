@@ -19,8 +19,8 @@ SHORT_SPIN = "4"
 def prefer_openblas(local_ranks: int = 1) -> bool:
     """Load OpenBLAS for this process, which shares the machine with `local_ranks` - 1 others.
 
-    Every rank may use all cores. Where that makes ranks slow each other down with several frames in flight, the measured
-    step times show it and the scheduler lets one of them compute at a time (docs/performance.md, "Threads").
+    Every rank may use all cores. Where that makes ranks slow each other down with several frames in flight, the
+    measured step times show it and the scheduler lets one of them compute at a time (docs/performance.md, "Threads").
 
     Returns False where there is none to load (then MLX's own BLAS serves) or none is needed.
     """
