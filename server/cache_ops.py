@@ -82,6 +82,13 @@ def _costs(cache: Cache) -> list[CacheCost]:
     return [CacheCost(cache.nbytes // _capacity(cache), window)]
 
 
+def arrays_of(cache: Cache) -> list[Any]:
+    """What has to be evaluated after a step. mlx-lm's `state` would cut keys and values to length, ops for each layer."""
+    if isinstance(cache, CacheList):
+        return [array for member in cache.caches for array in arrays_of(member)]
+    return [value for value in vars(cache).values() if isinstance(value, mx.array | tuple | list)]
+
+
 def reserve(cache: Cache, num_tokens: int) -> None:
     """Grow a cache by whole blocks before the step needs it, by itself, so that not all layers are held twice."""
     if isinstance(cache, CacheList):

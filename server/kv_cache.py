@@ -26,6 +26,7 @@ class Batch:
     caches: list[Cache]
     sequence_ids: list[int]
     lengths: list[int]
+    num_bytes: int = 0  # as last counted
 
 
 @dataclass
@@ -86,7 +87,10 @@ class KVCacheStore:
                         self._drop(entry_id)
         if operations:
             mx.clear_cache()
-            self._count_bytes()
+            self.num_bytes = self.prefix_bytes
+            for batch in (*self._sequences.values(), *self._groups.values()):
+                batch.num_bytes = 0
+                self._count_bytes(batch)
 
     @contextmanager
     def running(self, frame: Frame) -> Iterator[list[Cache]]:
@@ -115,7 +119,7 @@ class KVCacheStore:
         lengths = iter([row.length for row in frame.rows])
         for batch in batches:
             batch.lengths = [next(lengths) for _ in batch.lengths]
-        self._count_bytes()
+            self._count_bytes(batch)
 
     def _check(self, frame: Frame, batches: list[Batch]) -> None:
         held = [row for batch in batches for row in zip(batch.sequence_ids, batch.lengths, strict=True)]
@@ -209,9 +213,10 @@ class KVCacheStore:
     def _drop(self, entry_id: int) -> None:
         self.prefix_bytes -= self._entries.pop(entry_id).num_bytes
 
-    def _count_bytes(self) -> None:
-        batches = [*self._sequences.values(), *self._groups.values()]
-        self.num_bytes = self.prefix_bytes + sum(_num_bytes(batch.caches) for batch in batches)
+    def _count_bytes(self, batch: Batch) -> None:
+        """Bring a batch's share of the total up to date."""
+        before, batch.num_bytes = batch.num_bytes, _num_bytes(batch.caches)
+        self.num_bytes += batch.num_bytes - before
 
 
 def _packed(batches: list[Batch], num_tokens: int) -> list[Cache]:

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from distributed.shard.message import StageMessage, pack_message, unpack_message
 from distributed.shard.stage_model import StageModel
-from server.cache_ops import Cache, measure_cost, uncopyable_class
+from server.cache_ops import Cache, arrays_of, measure_cost, uncopyable_class
 from server.errors import DisagreementError
 from server.frame import Admit, Frame, Header, Keep, Leave, ResultHeader, StepHeader
 from server.kv_budget import MIB, RankCost
@@ -102,7 +102,7 @@ class Stage:
             structure, outgoing = None, self._sample(frame, token_ids, output)
         else:
             outgoing, structure = pack_message(output)
-        mx.eval(outgoing, [cache.state for cache in caches])
+        mx.eval(outgoing, [arrays_of(cache) for cache in caches])
         return structure, outgoing
 
     def _tell_sampler(self, frame: Frame) -> None:
