@@ -83,7 +83,7 @@ def _costs(cache: Cache) -> list[CacheCost]:
 
 
 def arrays_of(cache: Cache) -> list[Any]:
-    """What has to be evaluated after a step. mlx-lm's `state` would cut keys and values to length, ops for each layer."""
+    """What has to be evaluated after a step: `state` would first cut keys and values to length, ops for each layer."""
     if isinstance(cache, CacheList):
         return [array for member in cache.caches for array in arrays_of(member)]
     return [value for value in vars(cache).values() if isinstance(value, mx.array | tuple | list)]
