@@ -131,7 +131,7 @@ class EngineClient:
         self.serving_since = None
         self.stats = None
         for generation in [generation for generation in self.generations.values() if generation.is_running]:
-            generation.is_running = generation.is_prefilling = False
+            generation.is_running = generation.is_prefilling = generation.is_preempted = False
             generation.rings_lost += 1
             if generation.rings_lost >= MAX_RINGS_LOST:
                 lost = f"The ring was lost {MAX_RINGS_LOST} times while it worked on this request; the log says how."
@@ -188,6 +188,9 @@ class EngineClient:
         now = self.last_message_at = self.clock()
         if isinstance(message, StepOutput):
             self.last_step_at = now
+            for request_id in message.preempted:
+                if generation := self.generations.get(request_id):
+                    generation.preempt()
             for started in message.started:
                 if generation := self.generations.get(started.request_id):
                     self.metrics.starts(generation, now)
@@ -202,9 +205,10 @@ class EngineClient:
     def _take_stats(self, stats: Stats, now: float) -> None:
         if self.stats is None or stats.num_steps != self.stats.num_steps:
             self.last_step_at = now
-            # A long prompt gives nothing to its client for many steps, and yet each is progress.
+            # A long prompt gives nothing to its client for many steps, and yet each is progress. Who had to step back
+            # was promised an answer, and waits for others that get on.
             for generation in self.generations.values():
-                if generation.is_prefilling:
+                if generation.is_prefilling or generation.is_preempted:
                     generation.progressed_at = now
         elif stats.num_frames_in_flight == 0:
             self.last_step_at = now

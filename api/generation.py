@@ -36,6 +36,7 @@ class Generation:
     last_token_at: float | None = None
     is_running: bool = False  # its prefill has begun on the ring that serves now
     is_prefilling: bool = False  # and that ring has given it no token yet
+    is_preempted: bool = False  # that ring had begun with it and has put it back into its queue
     rings_lost: int = 0  # while this request was running
     _outputs: asyncio.Queue[SequenceOutput | ApiError] = field(default_factory=asyncio.Queue)
 
@@ -55,10 +56,16 @@ class Generation:
     def start(self, now: float, num_cached_tokens: int) -> None:
         """The ring has begun with it. What another ring finds in its cache later is no merit of the client's prompt."""
         self.is_running = self.is_prefilling = True
+        self.is_preempted = False
         self.progressed_at = now
         if self.started_at is None:
             self.started_at = now
             self.num_cached_tokens = num_cached_tokens
+
+    def preempt(self) -> None:
+        """The ring needs its memory for others; it goes on later."""
+        self.is_running = self.is_prefilling = False
+        self.is_preempted = True
 
     def take(self, output: SequenceOutput, now: float) -> None:
         """What a step gave it."""

@@ -28,10 +28,11 @@ GROWTH_TOKENS = 512  # set aside for a request without max_tokens, and again eac
 
 
 class Changes(NamedTuple):
-    """What the next frame has to tell the ranks, and which requests just left the queue."""
+    """What the next frame has to tell the ranks, and which requests just left the queue or are back in it."""
 
     operations: list[Operation]
     started: list[Started]
+    preempted: list[str]
 
 
 class Admission:
@@ -64,6 +65,8 @@ class Admission:
         self._blocked: list[Sequence] = []  # admitted, but another is reading a prefix that they have too
         self._operations: list[Operation] = []
         self._started: list[Started] = []
+        self._preempted: list[str] = []
+        self._refused: Sequence | None = None  # the head of the queue, for which there was no room; nothing went since
         self.num_prompt_tokens = self.num_cached_tokens = self.num_preemptions = 0  # totals
 
     @property
@@ -85,8 +88,8 @@ class Admission:
 
     def take_changes(self) -> Changes:
         """Everything since the last call, for the next frame."""
-        changes = Changes(_coalesced(self._operations), self._started)
-        self._operations, self._started = [], []
+        changes = Changes(_coalesced(self._operations), self._started, self._preempted)
+        self._operations, self._started, self._preempted = [], [], []
         return changes
 
     def enqueue(self, sequence: Sequence) -> None:
@@ -99,11 +102,12 @@ class Admission:
         `num_groups_for`: how many groups so many sequences should form.
         """
         self._start_blocked()
-        while self._waiting and self.num_running < self._max_running:
+        while self._waiting and self.num_running < self._max_running and self._waiting[0] is not self._refused:
             sequence = self._waiting[0]
             num_reserved = self._tokens_to_reserve(sequence)
             group = self.groups.place(num_reserved, num_groups_for(self.num_running + 1), self._budget.fits)
             if group is None:
+                self._refused = sequence
                 return
             self._waiting.pop(0)
             sequence.num_reserved_tokens = num_reserved
@@ -133,10 +137,14 @@ class Admission:
         """Whether another sequence is about to compute more of this prompt than is there; if so it waits for that."""
         if not self.prefix.is_on:
             return False
-        most = (hit.num_tokens if hit else 0) + MIN_TOKENS
+        cached = hit.num_tokens if hit else 0
+        most = cached + MIN_TOKENS
         for reader in self._prefill.reading():
             shared = num_shared_tokens(reader.prefix_key(), key)
-            if shared >= most and reader.num_computed_tokens < shared:
+            if shared < most or reader.num_computed_tokens >= shared or reader.order > sequence.order:
+                continue
+            # On its own it would get every other frame; to wait for much more than that is no gain.
+            if self._prefill.num_tokens_before(reader, shared) <= 2 * (shared - cached):
                 most, sequence.waits_for, sequence.num_awaited_tokens = shared + 1, reader, shared
         if sequence.waits_for is None:
             return False
@@ -163,10 +171,10 @@ class Admission:
         self._operations.append(
             Admit(sequence.sequence_id, sequence.num_prompt_tokens, sampling, entry_id, num_cached, counted, takes)
         )
+        num_cached = min(num_cached, sequence.num_prompt_tokens)
+        self._started.append(Started(sequence.request_id, num_cached))
         if not sequence.was_started:
             sequence.was_started = True
-            num_cached = min(num_cached, sequence.num_prompt_tokens)
-            self._started.append(Started(sequence.request_id, num_cached))
             self.num_prompt_tokens += sequence.num_prompt_tokens
             self.num_cached_tokens += num_cached
 
@@ -214,6 +222,8 @@ class Admission:
         sequence.status = SequenceStatus.WAITING
         sequence.num_computed_tokens = sequence.num_reserved_tokens = 0
         self.num_preemptions += 1
+        self._started = [started for started in self._started if started.request_id != sequence.request_id]
+        self._preempted.append(sequence.request_id)
         self.enqueue(sequence)
 
     def finish(self, sequence: Sequence) -> None:
@@ -227,6 +237,7 @@ class Admission:
     def _evict(self, sequence: Sequence, *, may_keep: bool = False) -> None:
         """Take a sequence out of its group and off the ranks; its caches may stay as an entry of the prefix cache."""
         self.groups.remove(sequence)
+        self._refused = None
         self._prefill.discard(sequence)
         if sequence in self._blocked:
             self._blocked.remove(sequence)
@@ -256,6 +267,7 @@ class Admission:
         if move is None:
             return
         target = move.target or self.groups.open()
+        self._refused = None
         logger.debug("%d of %d groups wanted: %d rows move", num_wanted, len(self.groups), len(move.sequences))
         detached = []
         for sequence in move.sequences:

@@ -104,6 +104,15 @@ def reserve(cache: Cache, num_tokens: int) -> None:
             _resize(cache, min(blocks(_num_tokens(cache) + 1), cache.max_size))
 
 
+def within_window(cache: Cache) -> Cache:
+    """One sequence's cache after a chunk, which leaves so many tokens more in a window than it needs, without them."""
+    if isinstance(cache, CacheList):
+        cache.caches = tuple(map(within_window, cache.caches))
+    elif isinstance(cache, RotatingKVCache) and not cache.empty() and _capacity(cache) > cache.max_size:
+        return copied(cache)
+    return cache
+
+
 def settle(cache: Cache) -> None:
     """Evaluate a group's cache that was just rearranged, in whole blocks, and give the old buffers back."""
     if isinstance(cache, CacheList):

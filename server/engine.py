@@ -19,12 +19,13 @@ from distributed.pipeline import Arrival, Pipeline
 from server.api_link import ApiLink
 from server.counters import StageClock
 from server.frame import ResultHeader, StepHeader, decode_header, encode_header
-from server.protocol import Cancel, SequenceOutput, Shutdown, Stats, StepOutput, Submit
+from server.protocol import Cancel, SchedulerCounters, SequenceOutput, Shutdown, Stats, StepOutput, Submit
 from server.scheduler import Scheduler, Step
 from server.stage import Stage
 from server.status import READY, decode_reports
 
 _GOODBYE_TIMEOUT_S = 5.0
+_COUNT_EVERY_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Engine:
         self._limits = limits
         self._launched_at: dict[int, float] = {}  # frames in flight: seconds of time.perf_counter
         self._num_steps = 0
+        self._counted_at = 0.0
+        self._counters = SchedulerCounters()
         self._stats = Stats([], num_running=0, num_waiting=0)  # read by the heartbeat's thread
 
     def run(self) -> NoReturn:
@@ -81,6 +84,8 @@ class Engine:
                 self._note_stats()
                 self._launch(step)
                 self._drain(inbox)
+            if not self._scheduler.num_frames_in_flight:
+                self._counted_at = 0.0  # what it is now will stay so
             self._note_stats()
 
     def _drain(self, inbox: queue.SimpleQueue[Any]) -> None:
@@ -102,8 +107,8 @@ class Engine:
 
     def _launch(self, step: Step) -> None:
         """Run a step's first stage and send it on its way; it comes back to the inbox as an Arrival."""
-        if step.started:
-            self._api.send(StepOutput(started=step.started))
+        if step.started or step.preempted:
+            self._api.send(StepOutput(started=step.started, preempted=step.preempted))
         frame = step.frame
         self._launched_at[frame.frame_id] = time.perf_counter()
         token_ids = [_padded(step.token_ids)] if frame.rows else []
@@ -131,13 +136,17 @@ class Engine:
             self._scheduler.add(submit)
 
     def _note_stats(self) -> None:
+        """For the heartbeat. What a frame in flight is must be right before it runs: by that a wedge is seen."""
+        now = time.perf_counter()
+        if now - self._counted_at > _COUNT_EVERY_S:
+            self._counted_at, self._counters = now, self._scheduler.counters()
         self._stats = Stats(
             ranks=[],
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             num_frames_in_flight=self._scheduler.num_frames_in_flight,
             num_steps=self._num_steps,
-            counters=self._scheduler.counters(),
+            counters=self._counters,
         )
 
     def send_stats(self, reports: list[bytes]) -> None:

@@ -67,7 +67,7 @@ class Usage(msgspec.Struct):
     """Tokens and bytes of caches, added up over some of them."""
 
     num_tokens: int
-    rank_bytes: list[int]  # on each rank
+    rank_bytes: list[int]  # on a rank of each kind, see KVBudget
 
     def add(self, other: Usage) -> None:
         self.num_tokens += other.num_tokens
@@ -92,8 +92,11 @@ class KVBudget:
         self, ranks: list[RankCost], reserved_bytes: int, max_tokens: int | None = None, *, chunk_tokens: int = 1
     ) -> None:
         self._ranks = ranks
-        self._rows = [_merged(rank) for rank in ranks]
-        self._largest = [RankCost(list(set(rank.caches))) for rank in ranks]
+        # Ranks whose layers cost the same are one kind: most rings have a few, however long they are.
+        kinds = [rank for index, rank in enumerate(ranks) if rank not in ranks[:index]]
+        self._kind_of = [kinds.index(rank) for rank in ranks]
+        self._rows = [_merged(kind) for kind in kinds]
+        self._largest = [RankCost(list(set(kind.caches))) for kind in kinds]
         self._chunk_tokens = chunk_tokens
         self._reserved_bytes = reserved_bytes
         self._max_tokens = None if max_tokens is None else blocks(max_tokens)
@@ -128,11 +131,11 @@ class KVBudget:
         """What `groups` come to, without the working copy."""
         groups = list(groups)
         num_tokens = sum(group.rows * blocks(group.longest) for group in groups)
-        return Usage(num_tokens, [self.bytes_on(rank, groups) for rank in range(len(self._ranks))])
+        return Usage(num_tokens, [_bytes(row, groups) for row in self._rows])
 
     def bytes_on(self, rank: int, groups: Iterable[Shape]) -> int:
         """What `groups` come to on one rank, in bytes, without the working copy."""
-        return sum(group.rows * self._rows[rank].row_bytes(blocks(group.longest)) for group in groups)
+        return _bytes(self._rows[self._kind_of[rank]], groups)
 
     def bytes_limit(self, rank: int) -> int:
         """What one rank may hold: the smaller of the two keys.
@@ -156,9 +159,9 @@ class KVBudget:
         if self._max_tokens is not None and usage.num_tokens > self._max_tokens:
             return False
         return all(
-            num_bytes + self._overshoot_bytes(self._rows[rank]) + self._working_bytes(self._largest[rank], groups)
+            num_bytes + self._overshoot_bytes(self._rows[kind]) + self._working_bytes(self._largest[kind], groups)
             <= self._reserved_bytes
-            for rank, num_bytes in enumerate(usage.rank_bytes)
+            for kind, num_bytes in enumerate(usage.rank_bytes)
         )
 
     def max_sequence_length(self, configured: int | None, model_context: int | None) -> int:
@@ -213,6 +216,10 @@ class KVBudget:
     @staticmethod
     def _working_bytes(cost: RankCost, groups: list[Shape]) -> int:
         return max((group.rows * cost.copy_bytes(blocks(group.longest)) for group in groups), default=0)
+
+
+def _bytes(cost: RankCost, groups: Iterable[Shape]) -> int:
+    return sum(group.rows * cost.row_bytes(blocks(group.longest)) for group in groups)
 
 
 def _merged(cost: RankCost) -> RankCost:

@@ -14,7 +14,17 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from server.cache_ops import Cache, copied, extracted, is_mergeable, is_packable, keep_rows, reserve, settle
+from server.cache_ops import (
+    Cache,
+    copied,
+    extracted,
+    is_mergeable,
+    is_packable,
+    keep_rows,
+    reserve,
+    settle,
+    within_window,
+)
 from server.errors import DisagreementError
 from server.frame import Admit, Detach, Drop, Frame, Join, Keep, Leave, Operation
 
@@ -112,6 +122,10 @@ class KVCacheStore:
             for cache in batches[0].caches:
                 reserve(cache, num_tokens)
             yield batches[0].caches
+            if frame.group_id is None:
+                for index, cache in enumerate(batches[0].caches):
+                    batches[0].caches[index] = within_window(cache)
+                    del cache
         else:
             pack = _packed(batches, num_tokens)
             yield pack

@@ -7,6 +7,7 @@ where padding them costs less than a pass over the weights. Pure; the scheduler 
 
 from __future__ import annotations
 
+import itertools
 from bisect import insort
 from typing import NamedTuple
 
@@ -47,7 +48,9 @@ class PrefillQueue:
         self._last_was_partial = False
 
     def add(self, sequence: Sequence) -> None:
-        insort(self._queue, sequence, key=lambda other: other.order)
+        """Queue a sequence, by priority and age; it may be there already."""
+        if sequence not in self._queue:
+            insort(self._queue, sequence, key=lambda other: other.order)
 
     def discard(self, sequence: Sequence) -> None:
         if sequence in self._queue:
@@ -68,6 +71,11 @@ class PrefillQueue:
             return LapLimits(chunking.UNMEASURED_CHUNK_TOKENS, chunking.UNMEASURED_CHUNK_TOKENS)
         tokens = chunking.chunk_tokens_beside_streams(num_rows, num_groups, self._num_stages, steps, line)
         return LapLimits(tokens, tokens)
+
+    def num_tokens_before(self, reader: Sequence, length: int) -> int:
+        """Tokens to compute until the caches of `reader`, which is in the queue, hold `length` of its own."""
+        ahead = itertools.takewhile(lambda other: other is not reader, self.reading())
+        return sum(other.num_tokens_to_prefill for other in ahead) + length - reader.num_computed_tokens
 
     def next_parts(self, chunk_limit: int, tokens_left: int | None) -> list[Part]:
         """What the next prefill frame runs; nothing where the lap has too little left for it.

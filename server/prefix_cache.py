@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from server.frame import Drop, Keep, Operation
 from server.kv_budget import KVBudget, Shape, Usage
 
+_MOST_ENTRIES = 512  # which every newcomer is compared with
 MIN_TOKENS = 64  # shorter prefixes are computed again sooner than they are copied and waited for
 _ID_BYTES = 4
 
@@ -137,7 +138,7 @@ class PrefixCache:
         operations: list[Operation] = []
         wanted = Usage(self.usage.num_tokens + more.num_tokens, self.usage.rank_bytes)
         wanted.rank_bytes = [a + b for a, b in zip(wanted.rank_bytes, more.rank_bytes, strict=True)]
-        while self._entries and not self._budget.fits(groups, wanted):
+        while self._entries and (len(self._entries) >= _MOST_ENTRIES or not self._budget.fits(groups, wanted)):
             oldest = next(iter(self._entries.values()))
             wanted.subtract(oldest.usage)
             operations.append(self.drop(oldest))

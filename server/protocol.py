@@ -149,7 +149,8 @@ class StepOutput(msgspec.Struct, tag="step", frozen=True):
     """Everything one step produced."""
 
     outputs: list[SequenceOutput] = []
-    started: list[Started] = []
+    started: list[Started] = []  # again after a preemption
+    preempted: list[str] = []  # running requests that wait again until there is room
 
 
 class SchedulerCounters(msgspec.Struct, frozen=True, array_like=True):

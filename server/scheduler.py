@@ -52,6 +52,7 @@ class Step:
     frame: Frame
     token_ids: list[list[int]]
     started: list[Started]
+    preempted: list[str]  # requests that wait again
 
 
 @dataclass
@@ -163,6 +164,8 @@ class Scheduler:
                 continue
             sequence.token_ids.append(token_id)
             self._num_generated_tokens += 1
+            if sequence.can_prefill:  # preempted while the frame was on its way, admitted again, and read to the end
+                self._prefill.add(sequence)
             finish_reason = self._finish_reason(sequence, token_id)
             if finish_reason is not None:
                 self._finish(sequence)
@@ -204,6 +207,8 @@ class Scheduler:
         return None
 
     def _prefill_step(self, tokens_left: int | None) -> Step | None:
+        if not self._prefill.reading():
+            return None
         running = [len(group.rows) for group in self._groups if group.rows]
         limits = self._prefill.limits(sum(running), len(running), self._step_times)
         parts = self._prefill.next_parts(limits.chunk, tokens_left)
@@ -260,7 +265,7 @@ class Scheduler:
         self._is_idle = False
         in_flight.was_clean = not any(other.num_prefill_tokens for other in self._in_flight.values())
         self._in_flight[frame.frame_id] = in_flight
-        return Step(frame, token_ids, changes.started)
+        return Step(frame, token_ids, changes.started, changes.preempted)
 
     # -- sequences and groups ----------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class Sequence:
     waits_for: Sequence | None = None  # which is reading a prefix that both have
     num_awaited_tokens: int = 0  # of that prefix
     checkpoints: set[int] = field(default_factory=set)  # lengths at which its caches are kept for others
-    was_started: bool = False  # the api has been told that it no longer queues
+    was_started: bool = False  # counted among the prompts that were begun
 
     def __post_init__(self) -> None:
         self.token_ids = [*self.submit.prompt_token_ids, *self.submit.output_token_ids]

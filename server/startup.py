@@ -207,8 +207,7 @@ class _RankStart:
             costs,
             settings.kv_cache_reserved_memory_mb * MIB,
             settings.kv_cache_max_size,
-            # Two prompts at most are half read at a time: a long one, and a short one between its chunks.
-            chunk_tokens=2 * _max_chunk_tokens(settings),
+            chunk_tokens=_max_chunk_tokens(settings),
         )
         try:
             max_length = budget.max_sequence_length(settings.max_sequence_length, self._info.max_context)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 _RECENT = 9  # steps of one kind whose median counts: long enough to shrug off a hiccup, short enough to follow
 _FORGET_AFTER = 2000  # steps without news of one kind, after which it is tried again: contexts and machines change
 _RECENT_CHUNKS = 32
+_WIDE_ENOUGH = 1.5  # how much longer one chunk must be than another for a slope between them to be more than noise
 
 
 class StepTimes:
@@ -97,11 +98,13 @@ class ChunkTimes:
 
 
 def _fitted(points: Sequence[tuple[int, float]]) -> Line | None:
-    """Least squares; None for less than two different numbers of tokens or where time does not grow with them."""
+    """Least squares; through the origin where all chunks are about as long; None where time does not grow with them."""
     mean_tokens, mean_seconds = (fmean(column) for column in zip(*points, strict=True))
-    spread = sum((tokens - mean_tokens) ** 2 for tokens, _ in points)
-    if not spread:
+    if len(points) < 2:
         return None
+    if max(points)[0] < _WIDE_ENOUGH * min(points)[0]:
+        return Line(0.0, mean_seconds / mean_tokens)
+    spread = sum((tokens - mean_tokens) ** 2 for tokens, _ in points)
     slope = sum((tokens - mean_tokens) * (seconds - mean_seconds) for tokens, seconds in points) / spread
     slope = min(slope, mean_seconds / mean_tokens)  # noise must not make the fixed part negative
     return Line(mean_seconds - slope * mean_tokens, slope) if slope > 0 else None

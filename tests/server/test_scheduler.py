@@ -209,6 +209,32 @@ def test_groups_that_drift_apart_are_evened_out():
     assert all(ring.outputs[str(i)] == answer(prompt_of(20, 1000 * i), 200 if i % 2 else 10) for i in range(8))
 
 
+def test_a_preempted_sequence_that_is_back_before_its_frame_takes_the_frames_token_and_goes_on():
+    ring = Ring(make_budget(3072), num_stages=4, num_groups=2, chunk_tokens=1024, max_sequence_length=1200)
+    for index, name in enumerate(("old", "middle", "large", "young")):
+        ring.submit(name, prompt_of(20, 1000 * index), 900, max_tokens_given=False, stop_token_ids=[])
+    while not ring.scheduler.counters().num_preemptions:
+        if ring.launch() is None:
+            ring.receive()
+    assert ring.num_in_flight, "the preempted sequence's frame among them"
+    ring.scheduler.cancel("large")
+    ring.run()
+    assert ring.outputs["young"] == answer(prompt_of(20, 3000), 900)
+    assert ring.ranks.is_empty and ring.scheduler.num_running == 0
+
+
+def test_the_api_hears_of_a_preemption_and_of_the_new_start():
+    ring = Ring(make_budget(2048), max_sequence_length=1600, prefix_cache=False)
+    for name, prompt in {"old": prompt_of(300), "young": prompt_of(300, 5000)}.items():
+        ring.submit(name, prompt, max_tokens=1300, max_tokens_given=False, stop_token_ids=[])
+    ring.run()
+    news = [(name, kind) for step in ring.steps for name, kind in [
+        *((request_id, "preempted") for request_id in step.preempted),
+        *((started.request_id, "started") for started in step.started),
+    ] if name == "young"]  # fmt: skip
+    assert len(news) > 2 and [kind for _, kind in news] == ["started", "preempted"] * (len(news) // 2) + ["started"]
+
+
 # -- the prefix cache ------------------------------------------------------------------------------------------------
 
 WINDOWED = [CacheCost(1), CacheCost(1, window=256)]
@@ -252,6 +278,23 @@ def test_users_who_share_a_system_prompt_prefill_it_once(caches):
     ring.run()
     assert num_prefilled(ring) == 500 + 40 * 6 - 6
     assert all(ring.outputs[str(index)] == answer(prompt, 4) for index, prompt in enumerate(prompts))
+
+
+def test_nobody_waits_for_a_shared_prefix_that_is_far_away_or_of_lower_priority():
+    shared = prompt_of(100)
+    ring = Ring(make_budget(65536), max_running=16)
+    for index in range(4):
+        ring.submit(f"long-{index}", prompt_of(4000, 100_000 * (index + 1)), max_tokens=5)
+    ring.submit("far", [*shared, *prompt_of(3900, 900_000)], max_tokens=5)
+    ring.submit("short", [*shared, *prompt_of(50, 30_000)], max_tokens=5)
+    ring.run(6)
+    assert "short" in ring.outputs
+    ring = Ring(make_budget(65536), num_stages=2)
+    ring.submit("batch job", [*shared, *prompt_of(3900, 900_000)], max_tokens=5, priority=5)
+    ring.launch()
+    ring.submit("user", [*shared, *prompt_of(50, 30_000)], max_tokens=5)
+    ring.run(8)
+    assert "user" in ring.outputs and "batch job" not in ring.outputs
 
 
 def test_users_who_come_one_after_the_other_share_a_system_prompt_from_the_third_on_where_caches_cannot_be_cut():
