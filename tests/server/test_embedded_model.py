@@ -14,7 +14,7 @@ from tests.ring_harness import ROOT, RingUnderTest, python, running_ring
 
 pytestmark = pytest.mark.ring
 
-MAX_TOKENS = 12
+MAX_TOKENS = 10
 RIVER = "The river rose in the night and took the bridge. " * 12
 QUESTIONS = [
     "What is the capital of France?",
@@ -77,8 +77,8 @@ def ask(ring: RingUnderTest, reference: Reference, indices: list[int], name: str
     return [tokens[request_id] for request_id in names]
 
 
-def test_20_prompts_one_after_the_other(ring: RingUnderTest, reference: Reference):
-    for index, answer in enumerate(reference.answers[: len(QUESTIONS)]):
+def test_prompts_one_after_the_other(ring: RingUnderTest, reference: Reference):
+    for index, answer in enumerate(reference.answers[:6]):
         assert ask(ring, reference, [index], "alone") == [answer], QUESTIONS[index]
 
 
