@@ -108,11 +108,16 @@ def costs_by_bytes(info: ModelInfo, num_stages: int) -> StepCosts:
     return StepCosts([list(map(float, info.layer_bytes))] * num_stages, others)
 
 
+# What lies besides the layers, the head above all, computes for tokens of answers and not for those of prompts, which
+# are about as much work for a stage. With all of its cost the last rank would get too few layers for reading prompts.
+_SHARE_OF_ANSWERS = 0.5
+
+
 def _split(info: ModelInfo, costs: StepCosts, limits: Sequence[int] | None) -> tuple[LayerRange, ...]:
     last = len(costs.layers) - 1
     return split_layers(
         costs.layers,
-        other_costs=costs.others,
+        other_costs=[_SHARE_OF_ANSWERS * cost for cost in costs.others],
         layer_bytes=info.layer_bytes,
         other_bytes=[info.bytes_besides_layers(is_first=r == 0, is_last=r == last) for r in range(last + 1)],
         memory_limits=limits,

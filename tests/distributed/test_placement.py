@@ -60,11 +60,11 @@ def test_without_times_the_bytes_of_layers_and_head_are_spread_evenly(info: Mode
     assert max(lengths(plans)) - min(lengths(plans)) <= 1
 
 
-def test_a_head_that_takes_as_long_as_six_layers_moves_three_of_them(info: ModelInfo):
-    times = timed([[1.0] * 6, [1.0] * 6], [0.0, 6.0], ["here", "here"])
+def test_a_head_that_takes_as_long_as_eight_layers_moves_two_of_them_since_prompts_do_without_it(info: ModelInfo):
+    times = timed([[1.0] * 6, [1.0] * 6], [0.0, 8.0], ["here", "here"])
     plans = plan_stages(info, 2, None, 0, times=times)
-    assert lengths(plans) == [9, 3]
-    assert (shares(plans), imbalance(plans)) == ([0.5, 0.5], 1)
+    assert lengths(plans) == [8, 4]
+    assert (shares(plans), imbalance(plans)) == ([0.4, 0.6], 1.2)
 
 
 def test_a_machine_that_was_twice_as_fast_gets_twice_the_layers(info: ModelInfo):
