@@ -29,9 +29,11 @@ def choose_num_groups(num_rows: int, num_stages: int, times: StepTimes, current:
     if num_stages == 1 or num_rows <= 1 or not times.is_known:
         return 1
     most = min(num_rows, most_groups(num_rows, num_stages, times))
+    current = min(max(current, 1), most)
+    if not times.is_sure(current, -(-num_rows // current)):
+        return current  # or one step that something disturbed would end what was never tried again
     periods = {groups: period_seconds(num_rows, groups, times) for groups in range(1, most + 1)}
     best = min(periods, key=lambda groups: periods[groups])
-    current = min(max(current, 1), most)
     fewest = min(groups for groups in periods if periods[groups] <= periods[best] * _FEWER_IF_SLOWER_BY_LESS_THAN)
     if fewest > current and periods[current] < periods[fewest] * _MORE_IF_FASTER_BY:
         return current

@@ -13,7 +13,8 @@ from statistics import fmean, median
 from typing import NamedTuple
 
 _RECENT = 9  # steps of one kind whose median counts: long enough to shrug off a hiccup, short enough to follow
-_FORGET_AFTER = 2000  # steps without news of one kind, after which it is tried again: contexts and machines change
+_SURE = 3  # steps of one kind after which one that was disturbed decides nothing
+_FORGET_AFTER = 500  # steps without news of one kind, after which it is tried again: contexts and machines change
 _RECENT_CHUNKS = 32
 _WIDE_ENOUGH = 1.5  # how much longer one chunk must be than another for a slope between them to be more than noise
 
@@ -35,7 +36,8 @@ class StepTimes:
         self._noted_at[key] = self._num_noted
         recent = self._recent.setdefault(key, deque(maxlen=_RECENT))
         recent.append(stage_seconds)
-        self._medians[key] = [median(seconds) for seconds in zip(*recent, strict=True)]
+        typical = min if len(recent) < _SURE else median
+        self._medians[key] = [typical(seconds) for seconds in zip(*recent, strict=True)]
         if self._num_noted % _FORGET_AFTER == 0:
             self._forget_old()
 
@@ -52,29 +54,64 @@ class StepTimes:
         """True once a decode step was measured."""
         return bool(self._medians)
 
+    def is_sure(self, num_groups: int, num_rows: int) -> bool:
+        """True once enough of such steps were measured to tell what they take."""
+        return len(self._recent.get((num_groups, num_rows), ())) >= _SURE
+
     def stage_seconds(self, num_groups: int, num_rows: int) -> list[float]:
         """What each stage is expected to take for a step of `num_rows`; something must be known.
 
         Where it was never measured, the nearest number of groups stands in, and between and beyond the numbers of rows
-        that were measured a straight line. From a single point the line goes through the origin: that is optimistic
-        about small groups, so that they are tried once, and measured.
+        that were measured a straight line. Where only one number of rows was measured, times grow as they do with other
+        numbers of groups; where nobody knows how, in proportion: that is optimistic about small groups, so that they
+        are tried once, and measured.
         """
         if (exact := self._medians.get((num_groups, num_rows))) is not None:
             return exact
-        nearest = min((groups for groups, _ in self._medians), key=lambda groups: (abs(groups - num_groups), groups))
-        known = sorted((rows, seconds) for (groups, rows), seconds in self._medians.items() if groups == nearest)
-        if len(known) == 1:
-            rows, seconds = known[0]
+        measured = {groups for groups, _ in self._medians}
+        nearest = min(measured, key=lambda groups: (abs(groups - num_groups), groups))
+        known = self._known(nearest)
+        if len(known) > 1:
+            return _on_line(known, num_rows)
+        rows, seconds = known[0]
+        others = [other for groups in sorted(measured) if len(other := self._known(groups)) > 1]
+        if not others:
             return [second * num_rows / rows for second in seconds]
-        above = next((i for i, (rows, _) in enumerate(known) if rows >= num_rows), len(known) - 1)
-        (rows_a, seconds_a), (rows_b, seconds_b) = known[max(0, above - 1)], known[max(1, above)]
-        share = (num_rows - rows_a) / (rows_b - rows_a)
-        return [max(a + share * (b - a), min(a, b) * 0.1) for a, b in zip(seconds_a, seconds_b, strict=True)]
+        here, there = _on_line(others[0], rows), _on_line(others[0], num_rows)
+        return [second * b / a for second, a, b in zip(seconds, here, there, strict=True)]
+
+    def _known(self, num_groups: int) -> list[tuple[int, list[float]]]:
+        """Rows and seconds of the steps that ran in so many groups, by rows."""
+        return sorted((rows, seconds) for (groups, rows), seconds in self._medians.items() if groups == num_groups)
 
     def _forget_old(self) -> None:
+        """But not of one group: what groups lose to each other on one machine is in all other times."""
         for key, noted_at in list(self._noted_at.items()):
-            if self._num_noted - noted_at > _FORGET_AFTER:
+            if key[0] > 1 and self._num_noted - noted_at > _FORGET_AFTER:
                 del self._noted_at[key], self._recent[key], self._medians[key]
+
+
+def _on_line(known: list[tuple[int, list[float]]], num_rows: int) -> list[float]:
+    """Between two numbers of rows that were measured, or beyond them along the line through all.
+
+    More rows never take less, and never more than in proportion; so noise cannot lead far astray.
+    """
+    below = [point for point in known if point[0] <= num_rows]
+    above = [point for point in known if point[0] >= num_rows]
+    if below and above:
+        (rows_a, seconds_a), (rows_b, seconds_b) = below[-1], above[0]
+        share = (num_rows - rows_a) / (rows_b - rows_a) if rows_b > rows_a else 0.0
+        return [a + share * (b - a) for a, b in zip(seconds_a, seconds_b, strict=True)]
+    rows, seconds = below[-1] if below else above[0]
+    in_proportion = num_rows / rows
+    low, high = sorted((1.0, in_proportion))
+    mean_rows = fmean(rows for rows, _ in known)
+    spread = sum((rows - mean_rows) ** 2 for rows, _ in known)
+    result = []
+    for stage, second in enumerate(seconds):
+        slope = sum((rows - mean_rows) * times[stage] for rows, times in known) / spread
+        result.append(min(max(second + slope * (num_rows - rows), low * second), high * second))
+    return result
 
 
 class Line(NamedTuple):
