@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import httpx
 import psutil
 
 from bench.client import Request, Target, ask_all
+from distributed.layer_times import times_file
 from tests.running_server import PROJECT, RunningServer, free_ports
 
 START_S = 120.0
@@ -57,11 +59,21 @@ def ours(
         **{key: str(value) for key, value in keys.items() if value is not None},
     }
     server = RunningServer(scratch / name.replace(" ", "-"), environ)
-    server.start()
+    _share_layer_times(scratch / "layer-times.json", times_file(server.root), server.start)
     try:
         yield Contestant(name, Target(server.url, server.model, banned))
     finally:
         server.stop()
+
+
+def _share_layer_times(shared: Path, own: Path, start: Callable[[], None]) -> None:
+    """Servers of one benchmark split the layers by the same times, or two of one ring size would differ by them."""
+    if shared.exists():
+        own.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(shared, own)
+    start()
+    if own.exists():
+        shutil.copy(own, shared)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,9 @@
 Layers are weighed by the seconds that they were measured to take (`layer_times`), or, until there are any, by the bytes
 that a decode step reads; memory binds in both cases. It is arithmetic over numbers it is given: it never looks at a
 machine or imports mlx. `plan` calls it, and rank 0 at start-up.
+
+What lies besides the layers, the head above all, computes for tokens of answers and not for those of prompts. It counts
+by the share that answers have: with all of its cost the last rank would get too few layers for reading prompts.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from distributed.model_files import ModelInfo
 from distributed.partition import LayerRange, explicit_split, split_layers
 
 MIB = 2**20
+_SHARE_OF_ANSWERS = 0.25  # of the tokens that pass the layers; prompts are mostly longer
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class StagePlan:
     kv_reserved_bytes: int  # ceiling of the KV cache
     kv_bytes_per_token: int  # an estimate, over the stage's layers
     memory_limit: int | None
-    step_cost: float  # of a decode step: seconds where times are known, else the bytes it reads
+    step_cost: float  # of a step, the head by its share: seconds where times are known, else the bytes it reads
 
     @property
     def kv_tokens(self) -> int | None:
@@ -57,6 +61,7 @@ def plan_stages(
         PartitionError: more ranks than layers, or a `layer_split` that does not add up.
     """
     costs = times.step_costs(info.layer_bytes) if times is not None else costs_by_bytes(info, num_stages)
+    costs = StepCosts(costs.layers, [_SHARE_OF_ANSWERS * cost for cost in costs.others])
     if layer_split:
         ranges = explicit_split(layer_split, info.num_layers, num_stages)
     else:
@@ -108,16 +113,11 @@ def costs_by_bytes(info: ModelInfo, num_stages: int) -> StepCosts:
     return StepCosts([list(map(float, info.layer_bytes))] * num_stages, others)
 
 
-# What lies besides the layers, the head above all, computes for tokens of answers and not for those of prompts, which
-# are about as much work for a stage. With all of its cost the last rank would get too few layers for reading prompts.
-_SHARE_OF_ANSWERS = 0.5
-
-
 def _split(info: ModelInfo, costs: StepCosts, limits: Sequence[int] | None) -> tuple[LayerRange, ...]:
     last = len(costs.layers) - 1
     return split_layers(
         costs.layers,
-        other_costs=[_SHARE_OF_ANSWERS * cost for cost in costs.others],
+        other_costs=costs.others,
         layer_bytes=info.layer_bytes,
         other_bytes=[info.bytes_besides_layers(is_first=r == 0, is_last=r == last) for r in range(last + 1)],
         memory_limits=limits,
