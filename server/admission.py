@@ -16,7 +16,7 @@ import msgspec
 
 from server.frame import Admit, Detach, Drop, Join, Keep, Leave, Operation
 from server.groups import Group, Groups
-from server.kv_budget import KVBudget
+from server.kv_budget import MIB, KVBudget
 from server.prefill import PrefillQueue
 from server.prefix_cache import MIN_TOKENS, Hit, PrefixCache, num_shared_tokens
 from server.protocol import Started
@@ -25,6 +25,7 @@ from server.sequence import Sequence, SequenceStatus
 logger = logging.getLogger(__name__)
 
 GROWTH_TOKENS = 512  # set aside for a request without max_tokens, and again each time it outgrows that
+_MOST_ADMIT_BYTES = 4 * MIB  # of a frame: grammars and ids of prefixes are long, and a frame's header is bounded
 
 
 class Changes(NamedTuple):
@@ -64,6 +65,7 @@ class Admission:
         self._waiting: list[Sequence] = []
         self._blocked: list[Sequence] = []  # admitted, but another is reading a prefix that they have too
         self._operations: list[Operation] = []
+        self._num_admit_bytes = 0  # among them
         self._started: list[Started] = []
         self._preempted: list[str] = []
         self._refused: Sequence | None = None  # the head of the queue, for which there was no room; nothing went since
@@ -90,6 +92,7 @@ class Admission:
         """Everything since the last call, for the next frame."""
         changes = Changes(_coalesced(self._operations), self._started, self._preempted)
         self._operations, self._started, self._preempted = [], [], []
+        self._num_admit_bytes = 0
         return changes
 
     def enqueue(self, sequence: Sequence) -> None:
@@ -103,6 +106,8 @@ class Admission:
         """
         self._start_blocked()
         while self._waiting and self.num_running < self._max_running and self._waiting[0] is not self._refused:
+            if self._num_admit_bytes > _MOST_ADMIT_BYTES:
+                return
             sequence = self._waiting[0]
             num_reserved = self._tokens_to_reserve(sequence)
             group = self.groups.place(num_reserved, num_groups_for(self.num_running + 1), self._budget.fits)
@@ -118,7 +123,8 @@ class Admission:
 
     def _start_or_block(self, sequence: Sequence) -> None:
         """Its caches start from the longest prefix there is, or it waits for one that is just being computed."""
-        key = sequence.prefix_key() if self.prefix.is_on else b""
+        may_share = self.prefix.is_on and not sequence.wants_prompt_logprobs
+        key = sequence.prefix_key() if may_share else b""
         hit = self.prefix.find(key, len(sequence.token_ids) - 1)
         dropped = self.prefix.make_room(self.groups.shapes())
         # The least recently used go first, so the one just found is the last to go: then it is taken over.
@@ -131,11 +137,11 @@ class Admission:
         if not takes and self._waits_for_reader(sequence, key, hit):
             self._blocked.append(sequence)
         else:
-            self._start(sequence, hit, takes=takes)
+            self._start(sequence, key, hit, takes=takes)
 
     def _waits_for_reader(self, sequence: Sequence, key: bytes, hit: Hit | None) -> bool:
         """Whether another sequence is about to compute more of this prompt than is there; if so it waits for that."""
-        if not self.prefix.is_on:
+        if not key:
             return False
         cached = hit.num_tokens if hit else 0
         most = cached + MIN_TOKENS
@@ -153,37 +159,41 @@ class Admission:
 
     def _start_blocked(self) -> None:
         for sequence in list(self._blocked):
+            if self._num_admit_bytes > _MOST_ADMIT_BYTES:
+                return
             reader = sequence.waits_for
             if reader is None or not reader.can_prefill or reader.num_computed_tokens >= sequence.num_awaited_tokens:
                 self._blocked.remove(sequence)
                 sequence.waits_for = None
                 self._start_or_block(sequence)
 
-    def _start(self, sequence: Sequence, hit: Hit | None, *, takes: bool) -> None:
+    def _start(self, sequence: Sequence, key: bytes, hit: Hit | None, *, takes: bool) -> None:
         num_cached = hit.num_tokens if hit else 0
         sequence.has_caches = True
         sequence.num_computed_tokens = num_cached
-        sequence.checkpoints = self._shared_before(sequence, num_cached)
+        # Its caches are kept on the way where it shares so much with an earlier one whose caches could not be cut.
+        shared = self.prefix.num_shared_tokens(key)
+        sequence.checkpoints = {shared} if shared >= num_cached + MIN_TOKENS else set()
         self._prefill.add(sequence)
         sampling = sequence.submit.sampling
-        entry_id = hit.entry.entry_id if hit else None
-        counted = sequence.token_ids[:num_cached] if sampling.has_penalties else []
-        self._operations.append(
-            Admit(sequence.sequence_id, sequence.num_prompt_tokens, sampling, entry_id, num_cached, counted, takes)
+        admit = Admit(
+            sequence.sequence_id,
+            sequence.num_prompt_tokens,
+            sampling,
+            entry_id=hit.entry.entry_id if hit else None,
+            num_cached_tokens=num_cached,
+            cached_token_ids=sequence.token_ids[:num_cached] if sampling.needs_tokens else [],
+            takes_entry=takes,
+            stop_token_ids=sequence.submit.stop_token_ids if sampling.min_tokens or sampling.grammar else [],
         )
+        self._operations.append(admit)
+        self._num_admit_bytes += len(msgspec.msgpack.encode(admit))
         num_cached = min(num_cached, sequence.num_prompt_tokens)
         self._started.append(Started(sequence.request_id, num_cached))
         if not sequence.was_started:
             sequence.was_started = True
             self.num_prompt_tokens += sequence.num_prompt_tokens
             self.num_cached_tokens += num_cached
-
-    def _shared_before(self, sequence: Sequence, num_cached: int) -> set[int]:
-        """Where to keep its caches on the way: it shares so much with an earlier one whose caches could not be cut."""
-        if not self.prefix.is_on:
-            return set()
-        shared = self.prefix.num_shared_tokens(sequence.prefix_key())
-        return {shared} if shared >= num_cached + MIN_TOKENS else set()
 
     def keep(self, sequence: Sequence) -> None:
         """Keep what a sequence's caches hold as an entry of the prefix cache, if it is worth it and there is room."""

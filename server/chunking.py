@@ -16,6 +16,7 @@ MAX_CHUNK_TOKENS = 512
 MIN_CHUNK_TOKENS = 16
 FIRST_STEP_SECONDS = 0.5  # nobody's first token waits longer than so for prompts that came with its own
 UNMEASURED_CHUNK_TOKENS = 128  # small enough to learn from it soon
+LOGPROBS_CHUNK_TOKENS = 128  # of a frame whose logits are all needed: with a vocabulary of 256k 128 MiB in float32
 
 
 def chunk_tokens_beside_streams(num_rows: int, num_groups: int, num_stages: int, steps: StepTimes, line: Line) -> int:

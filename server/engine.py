@@ -19,6 +19,7 @@ from distributed.pipeline import Arrival, Pipeline
 from server.api_link import ApiLink
 from server.counters import StageClock
 from server.frame import ResultHeader, StepHeader, decode_header, encode_header
+from server.kv_budget import MIB
 from server.protocol import Cancel, SchedulerCounters, SequenceOutput, Shutdown, Stats, StepOutput, Submit
 from server.scheduler import Scheduler, Step
 from server.stage import Stage
@@ -26,6 +27,8 @@ from server.status import READY, decode_reports
 
 _GOODBYE_TIMEOUT_S = 5.0
 _COUNT_EVERY_S = 0.1
+MAX_LOGPROBS = 100  # likeliest tokens with each one
+MAX_GRAMMAR_BYTES = 2 * MIB  # it travels in a frame's header
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,13 @@ class RequestLimits:
             return f"a token id is outside the vocabulary of {self.vocab_size}"
         if not all(0 <= token_id < self.vocab_size for token_id in submit.sampling.logit_bias):
             return f"a token id of logit_bias is outside the vocabulary of {self.vocab_size}"
+        if not 0 <= submit.sampling.min_tokens <= submit.max_tokens:
+            return f"min_tokens is {submit.sampling.min_tokens}, and the answer has at most {submit.max_tokens} tokens"
+        for name in ("logprobs", "prompt_logprobs"):
+            if not 0 <= (getattr(submit.sampling, name) or 0) <= MAX_LOGPROBS:
+                return f"{name} is {getattr(submit.sampling, name)}, not between 0 and {MAX_LOGPROBS}"
+        if (size := len((submit.sampling.grammar or "").encode())) > MAX_GRAMMAR_BYTES:
+            return f"the grammar has {size} bytes, more than {MAX_GRAMMAR_BYTES}"
         if len(token_ids) >= self.max_sequence_length:
             return f"{len(token_ids)} tokens leave no room for an answer within {self.max_sequence_length}"
         return None
@@ -121,9 +131,9 @@ class Engine:
         header = decode_header(arrival.header)
         if not isinstance(header, ResultHeader):
             raise TypeError(f"the last rank sent a {type(header).__name__}")
-        sampled: list[int] = arrival.arrays[0].tolist() if arrival.arrays else []  # type: ignore[assignment]
+        tensors: list[Any] = [array.tolist() for array in arrival.arrays]
         round_trip_s = time.perf_counter() - self._launched_at.pop(header.frame_id)
-        outputs = self._scheduler.complete(header.frame_id, sampled, header.stage_seconds, round_trip_s)
+        outputs = self._scheduler.complete(header, tensors, round_trip_s)
         self._num_steps += 1
         if outputs:
             self._api.send(StepOutput(outputs=outputs))

@@ -18,7 +18,8 @@ class Admit(msgspec.Struct, tag="admit", frozen=True, array_like=True):
     """A new sequence: gets caches of its own to be prefilled into, empty ones or a prefix that is kept.
 
     `num_cached_tokens` of the entry `entry_id` are where it starts. `cached_token_ids` are those tokens, for the
-    sampler's counts; given only where a penalty of the request wants them.
+    sampler; given only where a penalty or the grammar of the request wants them. `stop_token_ids` end the answer; given
+    only where min_tokens or a grammar want them.
     """
 
     sequence_id: int
@@ -28,6 +29,7 @@ class Admit(msgspec.Struct, tag="admit", frozen=True, array_like=True):
     num_cached_tokens: int = 0
     cached_token_ids: list[int] = []
     takes_entry: bool = False  # the entry goes with it: there is no room for both
+    stop_token_ids: list[int] = []
 
 
 class Join(msgspec.Struct, tag="join", frozen=True, array_like=True):
@@ -80,12 +82,16 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     length: int
     num_tokens: int = 1
 
+    def prompt_indexes(self, num_prompt_tokens: int) -> range:
+        """Which tokens of its prompt it runs; the first of a prompt left out, which nothing predicts."""
+        return range(max(1, self.length - self.num_tokens), min(self.length, num_prompt_tokens))
+
 
 class Frame(msgspec.Struct, frozen=True, omit_defaults=True):
     """One step of one micro-batch. `rows` are in the order of the group's rows, or the sequences being prefilled.
 
-    Prefill frames (`group_id` None) run the next part of one prompt, or of several short ones, and give no token;
-    decode frames run one token a row and give the next. A frame without rows only changes caches.
+    Prefill frames (`group_id` None) run the next part of one prompt, or of several short ones, and draw no token;
+    decode frames run one token a row and draw the next. A frame without rows only changes caches.
     """
 
     frame_id: int
@@ -104,10 +110,16 @@ class StepHeader(msgspec.Struct, tag="step", frozen=True):
 
 
 class ResultHeader(msgspec.Struct, tag="result", frozen=True):
-    """Header of what the last rank returns to rank 0. Tensor: sampled ids (rows,), where the frame sampled."""
+    """Header of what the last rank returns to rank 0.
+
+    Tensors: sampled ids (rows,), of a decode frame. Then logprobs (tokens,), where rows want some: first, row by row,
+    those of the prompts' tokens that the frame ran, then, row by row, those of the tokens it drew. Then, where any of
+    these rows wants to know the likeliest tokens, their ids and their logprobs, (tokens, the most that one wants).
+    """
 
     frame_id: int
     stage_seconds: list[float] = []  # what each stage took for it, in rank order
+    failures: dict[int, str] = {}  # sequences that cannot go on, and why
 
 
 Header = StepHeader | ResultHeader

@@ -25,11 +25,6 @@ class Group:
     rows: list[Sequence] = field(default_factory=list)
     is_in_flight: bool = False
 
-    @property
-    def can_decode(self) -> bool:
-        """True if a step of it can start now."""
-        return not self.is_in_flight and (bool(self.rows) or any(member.can_join for member in self.members))
-
     def shape(self, *, without: list[Sequence] | None = None, extra_tokens: list[int] | None = None) -> Shape:
         """The rectangle its caches grow to, less some members, and with further rows of so many tokens each."""
         lengths = [member.num_reserved_tokens for member in self.members if member not in (without or ())]

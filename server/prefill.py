@@ -106,7 +106,7 @@ class PrefillQueue:
 
     def _chunk_of(self, sequence: Sequence, chunk_limit: int) -> int:
         """The sequence's next chunk, which ends at a checkpoint if there is one on the way."""
-        chunk = chunk_limit
+        chunk = _most_tokens([sequence], chunk_limit)
         if self._chunk_tokens is None:
             if self.times.line is not None:
                 num_tokens = len(sequence.token_ids) - 1
@@ -134,7 +134,7 @@ class PrefillQueue:
             padding = max(width - num_tokens for _, num_tokens in candidate)
             if (
                 padding <= most_padding
-                and len(candidate) * width <= most_tokens
+                and len(candidate) * width <= _most_tokens([other for other, _ in candidate], most_tokens)
                 and len(candidate) * longest <= chunking.MAX_CHUNK_TOKENS
             ):
                 parts = candidate
@@ -143,3 +143,9 @@ class PrefillQueue:
 
 def _is_partial(part: Part) -> bool:
     return part.num_tokens < part.sequence.num_tokens_to_prefill
+
+
+def _most_tokens(sequences: list[Sequence], most_tokens: int) -> int:
+    """Of a frame with these rows. All its tokens get logits as soon as one row wants those of its prompt."""
+    wants_logits = any(sequence.wants_prompt_logprobs for sequence in sequences)
+    return min(most_tokens, chunking.LOGPROBS_CHUNK_TOKENS) if wants_logits else most_tokens

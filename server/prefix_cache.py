@@ -104,7 +104,8 @@ class PrefixCache:
         if not self.is_on or num_tokens < MIN_TOKENS:
             return []
         covered = [entry for entry in self._entries.values() if key.startswith(entry.key)]
-        if any(entry.key.startswith(key) and self._can_serve(entry, num_tokens) for entry in self._entries.values()):
+        longer = [entry for entry in self._entries.values() if entry.key.startswith(key)]
+        if any(self._budget.can_rewind(entry.num_tokens, num_tokens) for entry in longer):
             return []
         if num_tokens - max((entry.num_tokens for entry in covered), default=0) < MIN_TOKENS // 4:
             return []
@@ -112,37 +113,27 @@ class PrefixCache:
         if not self._budget.fits(groups, usage):
             return []
         operations: list[Operation] = [
-            self.drop(entry) for entry in covered if self._budget.can_rewind(num_tokens, entry.num_tokens)
+            self._drop(entry) for entry in covered if self._budget.can_rewind(num_tokens, entry.num_tokens)
         ]
-        operations += self._make_room(groups, usage)
+        operations += self.make_room(groups, usage)
         entry = Entry(next(self._ids), key, usage)
         self._entries[entry.entry_id] = entry
         self.usage.add(usage)
         return [*operations, Keep(entry.entry_id, sequence_id, num_tokens)]
 
-    def make_room(self, groups: Sequence[Shape]) -> list[Operation]:
-        """Drop entries until `groups`, which fit by themselves, fit beside them."""
-        return self._make_room(groups, self._budget.usage([]))
-
-    def drop(self, entry: Entry) -> Drop:
-        """Forget an entry."""
-        self.forget(entry)
-        return Drop([entry.entry_id])
-
-    def forget(self, entry: Entry) -> None:
-        """An entry is out of the index; its caches are somebody else's now."""
-        del self._entries[entry.entry_id]
-        self.usage.subtract(entry.usage)
-
-    def _make_room(self, groups: Sequence[Shape], more: Usage) -> list[Operation]:
+    def make_room(self, groups: Sequence[Shape], more: Usage | None = None) -> list[Operation]:
+        """Drop entries until `groups` fit beside them and beside what is to be kept `more`; without entries they do."""
         operations: list[Operation] = []
-        wanted = Usage(self.usage.num_tokens + more.num_tokens, self.usage.rank_bytes)
-        wanted.rank_bytes = [a + b for a, b in zip(wanted.rank_bytes, more.rank_bytes, strict=True)]
+        wanted = Usage(self.usage.num_tokens, self.usage.rank_bytes)
+        if more is not None:
+            wanted.add(more)
         while self._entries and (len(self._entries) >= _MOST_ENTRIES or not self._budget.fits(groups, wanted)):
             oldest = next(iter(self._entries.values()))
             wanted.subtract(oldest.usage)
-            operations.append(self.drop(oldest))
+            operations.append(self._drop(oldest))
         return operations
 
-    def _can_serve(self, entry: Entry, num_tokens: int) -> bool:
-        return self._budget.can_rewind(entry.num_tokens, num_tokens)
+    def _drop(self, entry: Entry) -> Drop:
+        del self._entries[entry.entry_id]
+        self.usage.subtract(entry.usage)
+        return Drop([entry.entry_id])

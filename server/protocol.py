@@ -13,7 +13,7 @@ import struct
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct(">I")
 
@@ -34,11 +34,20 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     frequency_penalty: float = 0.0  # over the output
     logit_bias: dict[int, float] = {}
     seed: int = 0  # 64 bits; the api draws one for a request that names none
+    min_tokens: int = 0  # sampled ids before which none of the request's stop_token_ids is drawn
+    grammar: str | None = None  # of llguidance; nothing is drawn that it does not allow
+    logprobs: int | None = None  # so many likeliest tokens with each drawn one; 0: the drawn one alone, None: off
+    prompt_logprobs: int | None = None  # the same for the prompt's own tokens
 
     @property
-    def has_penalties(self) -> bool:
+    def needs_tokens(self) -> bool:
         """True if earlier tokens matter to a draw."""
-        return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.grammar is not None
+        )
 
 
 # -- api to rank 0 ---------------------------------------------------------------------------------------------------
@@ -129,13 +138,29 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     ranks: list[RankInfo]
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """How likely a token was, of the model's own distribution: before bias, penalties, temperature and grammar."""
+
+    logprob: float
+    top_ids: list[int] = []  # the likeliest, most likely first
+    top_logprobs: list[float] = []
+
+
 class SequenceOutput(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one step gave one request. `finish_reason` is "stop", "length" or "error" (then `error` says why)."""
+    """What one step gave one request. `finish_reason` is "stop", "length" or "error" (then `error` says why).
+
+    `logprobs` has one entry a token of `token_ids`, where the request wants them. `prompt_logprobs` are those of the
+    prompt's tokens from index `prompt_logprobs_start` on; they come as the prompt is read, again after a preemption,
+    and all before the first sampled token. The prompt's first token has none.
+    """
 
     request_id: str
     token_ids: list[int] = []
     finish_reason: str | None = None
     error: str | None = None
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
+    prompt_logprobs_start: int = 0
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True):

@@ -1,22 +1,31 @@
 """Draws the next token of every row of a batch at once, each row by its own request's parameters. Last rank only.
 
 The noise of a draw comes from a key made of (the request's seed, the token's position), so a request gets the same
-noise alone, in a batch and after a restart. Order as in vLLM: bias and penalties on the logits, temperature, min_p,
-top_k, top_p, then one Gumbel-max draw. What no row asks for is not computed. It sees every token that runs, because the
-penalties count them.
+noise alone, in a batch and after a restart. Order as in vLLM: bias and penalties on the logits, what grammar and
+min_tokens forbid, temperature, min_p, top_k, top_p, then one Gumbel-max draw. What no row asks for is not computed. It
+sees every token that runs, because the penalties count them and grammars follow them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from server.protocol import SamplingParams
 
+if TYPE_CHECKING:
+    from server.grammar import Grammars
+
 _MASK64 = (1 << 64) - 1
 _GREEDY_BELOW = 1e-5  # a temperature: dividing float32 logits by less overflows
+# (256, 8): what a byte of a bitmask adds to eight logits. Adding is far quicker than choosing with `where`.
+_BANS_OF_OCTET = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf
+).astype(np.float32)
 
 
 @dataclass
@@ -25,6 +34,7 @@ class _Request:
 
     params: SamplingParams
     num_prompt_tokens: int
+    stop_token_ids: list[int]
     num_seen: int = 0
     output_counts: np.ndarray | None = None  # (vocab_size,) int32
     is_seen: np.ndarray | None = None  # (vocab_size,) bool, prompt and output
@@ -41,34 +51,50 @@ class _BatchParams:
     top_k: mx.array | None
     top_p: mx.array | None
     bias: tuple[mx.array, mx.array, mx.array] | None  # rows, token ids, values
+    has_grammar: bool
     requests: list[_Request] = field(default_factory=list)
 
 
 class Sampler:
-    """One for the whole rank; sequences are admitted and forgotten as frames say."""
+    """One for the whole rank; sequences are admitted and forgotten as frames say.
 
-    def __init__(self, vocab_size: int) -> None:
+    Args:
+        vocab_size: width of the logits.
+        grammars: follows the requests' grammars; without it none can have one.
+    """
+
+    def __init__(self, vocab_size: int, grammars: Grammars | None = None) -> None:
         self._vocab_size = vocab_size
+        self._grammars = grammars
         self._requests: dict[int, _Request] = {}
         self._batches: dict[tuple[int, ...], _BatchParams] = {}  # by their rows; groups take turns
 
-    def admit(self, sequence_id: int, params: SamplingParams, num_prompt_tokens: int) -> None:
+    def admit(
+        self, sequence_id: int, params: SamplingParams, num_prompt_tokens: int, stop_token_ids: Sequence[int] = ()
+    ) -> None:
         """Take a sequence on; its tokens follow through `observe`, from the first."""
-        request = _Request(params, num_prompt_tokens)
+        stop_token_ids = [token_id for token_id in stop_token_ids if 0 <= token_id < self._vocab_size]
+        request = _Request(params, num_prompt_tokens, stop_token_ids)
         if params.presence_penalty or params.frequency_penalty:
             request.output_counts = np.zeros(self._vocab_size, np.int32)
         if params.repetition_penalty != 1.0:
             request.is_seen = np.zeros(self._vocab_size, np.bool_)
         self._requests[sequence_id] = request
+        if self._grammars is not None:
+            self._grammars.admit(sequence_id, params, num_prompt_tokens, stop_token_ids)
 
     def forget(self, sequence_id: int) -> None:
         """Drop a sequence."""
         self._requests.pop(sequence_id, None)
+        if self._grammars is not None:
+            self._grammars.forget(sequence_id)
         self._batches = {rows: batch for rows, batch in self._batches.items() if sequence_id not in rows}
 
     def observe(self, sequence_id: int, token_ids: list[int]) -> None:
-        """Tokens that just ran, in order; they count for the penalties of the next draw."""
+        """Tokens that just ran, in order; they matter to penalties and grammar at the next draw."""
         request = self._requests[sequence_id]
+        if self._grammars is not None and request.params.grammar is not None:
+            self._grammars.observe(sequence_id, token_ids)
         if request.is_seen is not None:
             request.is_seen[token_ids] = True
         if request.output_counts is not None:
@@ -78,10 +104,7 @@ class Sampler:
 
     def wants_tokens(self, sequence_ids: list[int]) -> bool:
         """True if `observe` matters to any of these sequences."""
-        return any(
-            request.is_seen is not None or request.output_counts is not None
-            for request in map(self._requests.__getitem__, sequence_ids)
-        )
+        return any(self._requests[sequence_id].params.needs_tokens for sequence_id in sequence_ids)
 
     def sample(self, logits: mx.array, sequence_ids: list[int], positions: list[int]) -> mx.array:
         """The next token of each row.
@@ -100,6 +123,10 @@ class Sampler:
             rows, token_ids, values = batch.bias
             logits = logits.at[rows, token_ids].add(values)
         logits = _penalized(logits, batch.requests)
+        if batch.has_grammar:
+            mx.async_eval(logits)  # while the grammars may still be at work
+        if (bans := self._bans(batch, sequence_ids, positions)) is not None:
+            logits = logits + mx.array(bans)
         greedy = mx.argmax(logits, axis=-1).astype(mx.int32)
         if batch.greedy:
             return greedy
@@ -113,6 +140,39 @@ class Sampler:
         noise = mx.vmap(lambda key: mx.random.gumbel((logits.shape[-1],), key=key))(keys)
         sampled = mx.argmax(scaled + noise, axis=-1).astype(mx.int32)
         return mx.where(batch.is_greedy, greedy, sampled)
+
+    def drawn(self, sequence_ids: list[int], token_ids: mx.array) -> dict[int, str]:
+        """What `sample` gave is evaluated now: the grammars go on from there. Which sequences cannot, and why."""
+        if self._grammars is None or not self._batch_params(tuple(sequence_ids)).has_grammar:
+            return {}
+        self._grammars.drawn(sequence_ids, token_ids.tolist())  # type: ignore[arg-type]
+        return self._grammars.failures(sequence_ids)
+
+    def _bans(self, batch: _BatchParams, sequence_ids: list[int], positions: list[int]) -> np.ndarray | None:
+        """What each row may not draw, (rows, vocab_size): -inf, and 0 for what it may; None: anything.
+
+        Until min_tokens are drawn that is any of the ids that end the answer, unless the grammar wants just these.
+        """
+        masks = self._grammars.bitmasks(sequence_ids) if self._grammars is not None and batch.has_grammar else None
+        too_short = [
+            row
+            for row, (request, position) in enumerate(zip(batch.requests, positions, strict=True))
+            if position - request.num_prompt_tokens < request.params.min_tokens
+        ]
+        if masks is not None:
+            octets = np.ascontiguousarray(masks).view(np.uint8)
+            bans = np.take(_BANS_OF_OCTET, octets, axis=0).reshape(len(positions), -1)[:, : self._vocab_size]
+        elif too_short:
+            bans = np.zeros((len(positions), self._vocab_size), np.float32)
+        else:
+            return None
+        for row in too_short:
+            stops = batch.requests[row].stop_token_ids
+            bans_of_stops = bans[row, stops]
+            bans[row, stops] = -np.inf
+            if np.isneginf(bans[row]).all():
+                bans[row, stops] = bans_of_stops
+        return bans
 
     def _batch_params(self, sequence_ids: tuple[int, ...]) -> _BatchParams:
         """Made anew only when a group's composition changes."""
@@ -138,6 +198,7 @@ def _columns(requests: list[_Request], vocab_size: int) -> _BatchParams:
         top_k=mx.array([[p.top_k or vocab_size] for p in params]) if any(p.top_k > 0 for p in sampled) else None,
         top_p=_column([p.top_p for p in params]) if any(p.top_p < 1 for p in sampled) else None,
         bias=tuple(map(mx.array, zip(*bias, strict=True))) if bias else None,  # type: ignore[arg-type]
+        has_grammar=any(p.grammar is not None for p in params),
         requests=requests,
     )
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 from server.admission import Admission
-from server.frame import Frame, Row
+from server.frame import Frame, ResultHeader, Row
 from server.grouping import choose_num_groups
 from server.groups import Group
 from server.kv_budget import KVBudget
 from server.prefill import PrefillQueue
 from server.protocol import SchedulerCounters, SequenceOutput, Started, Submit
+from server.results import RowResult, row_results
 from server.sequence import Sequence, SequenceStatus
 from server.step_times import StepTimes
 
@@ -60,7 +62,7 @@ class _InFlight:
     """What a frame carries that has not come back: a group's decode step, or prefill, or only operations."""
 
     group: Group | None = None
-    rows: list[tuple[Sequence, int]] = field(default_factory=list)  # and the index of the token it will draw
+    rows: list[tuple[Sequence, Row]] = field(default_factory=list)
     num_groups: int = 0
     num_prefill_tokens: int = 0
     was_clean: bool = False  # no prefill in flight, which would slow it down where ranks share a machine
@@ -142,38 +144,62 @@ class Scheduler:
             self._is_idle = True
         return step
 
-    def complete(
-        self, frame_id: int, sampled_token_ids: list[int], stage_seconds: list[float], round_trip_s: float
-    ) -> list[SequenceOutput]:
+    def complete(self, result: ResultHeader, tensors: list[list[Any]], round_trip_s: float) -> list[SequenceOutput]:
         """A frame came back: what it gave each request that still wants it.
 
         Args:
-            frame_id: the frame's.
-            sampled_token_ids: one for each row of a decode frame, else empty.
-            stage_seconds: what each stage took for it.
+            result: its header.
+            tensors: those that came with it, as lists.
             round_trip_s: seconds from its start on rank 0 until now.
         """
-        done = self._in_flight.pop(frame_id)
-        self._note_times(done, stage_seconds, round_trip_s)
+        done = self._in_flight.pop(result.frame_id)
+        self._note_times(done, result.stage_seconds, round_trip_s)
         if done.group is not None:
             done.group.is_in_flight = False
-        outputs = []
-        for (sequence, index), token_id in zip(done.rows, sampled_token_ids, strict=True):
-            # Cancelled meanwhile; or preempted and already past this token, which another frame drew alike.
-            if sequence.status is SequenceStatus.FINISHED or len(sequence.token_ids) != index:
-                continue
-            sequence.token_ids.append(token_id)
-            self._num_generated_tokens += 1
-            if sequence.can_prefill:  # preempted while the frame was on its way, admitted again, and read to the end
-                self._prefill.add(sequence)
-            finish_reason = self._finish_reason(sequence, token_id)
-            if finish_reason is not None:
+        results = row_results(done.rows, tensors, has_drawn=done.group is not None)
+        outputs = [
+            self._output(sequence, row, given, result.failures.get(sequence.sequence_id))
+            for (sequence, row), given in zip(done.rows, results, strict=True)
+            if sequence.status is not SequenceStatus.FINISHED  # cancelled meanwhile
+        ]
+        return [output for output in outputs if output is not None]
+
+    def _output(self, sequence: Sequence, row: Row, given: RowResult, failure: str | None) -> SequenceOutput | None:
+        """Take what a row gave; None where it is nothing to its request."""
+        token_ids, finish_reason = [], None
+        if given.token_id is not None:
+            if len(sequence.token_ids) != row.length:
+                return None  # preempted and already past this token, which another frame drew alike
+            if failure is not None:
                 self._finish(sequence)
-            outputs.append(SequenceOutput(sequence.request_id, [token_id], finish_reason))
-        return outputs
+                return SequenceOutput(sequence.request_id, finish_reason="error", error=failure)
+            token_ids = [given.token_id]
+            finish_reason = self._append(sequence, given.token_id)
+        elif not given.prompt_logprobs:
+            return None
+        return SequenceOutput(
+            sequence.request_id,
+            token_ids,
+            finish_reason,
+            logprobs=given.logprobs,
+            prompt_logprobs=given.prompt_logprobs,
+            prompt_logprobs_start=given.prompt_start,
+        )
+
+    def _append(self, sequence: Sequence, token_id: int) -> str | None:
+        """A sequence has one more token; why it ends with it, if it does."""
+        sequence.token_ids.append(token_id)
+        self._num_generated_tokens += 1
+        if sequence.can_prefill:  # preempted while the frame was on its way, admitted again, and read to the end
+            self._prefill.add(sequence)
+        finish_reason = self._finish_reason(sequence, token_id)
+        if finish_reason is not None:
+            self._finish(sequence)
+        return finish_reason
 
     def _note_times(self, done: _InFlight, stage_seconds: list[float], round_trip_s: float) -> None:
-        if done.rows and done.was_clean and not any(other.num_prefill_tokens for other in self._in_flight.values()):
+        is_clean = done.was_clean and not any(other.num_prefill_tokens for other in self._in_flight.values())
+        if done.group is not None and is_clean:
             self._step_times.note(done.num_groups, len(done.rows), stage_seconds)
             # With all stages busy a group also waits for its turn, which is no overhead of the links.
             if round_trip_s > _UNSATURATED * done.num_groups * max(stage_seconds):
@@ -218,11 +244,11 @@ class Scheduler:
         for part in parts:
             sequence, start = part.sequence, part.sequence.num_computed_tokens
             self._prefill.computed(part)
-            rows.append(Row(sequence.sequence_id, sequence.num_computed_tokens, part.num_tokens))
+            rows.append((sequence, Row(sequence.sequence_id, sequence.num_computed_tokens, part.num_tokens)))
             token_ids.append(sequence.token_ids[start : start + part.num_tokens])
         num_tokens = len(parts) * max(part.num_tokens for part in parts)
         self._prefill_left = (limits.lap if tokens_left is None else tokens_left) - num_tokens
-        step = self._step(rows, token_ids, _InFlight(num_prefill_tokens=num_tokens))
+        step = self._step(token_ids, _InFlight(rows=rows, num_prefill_tokens=num_tokens))
         for sequence, _ in parts:
             if not sequence.num_tokens_to_prefill or sequence.num_computed_tokens in sequence.checkpoints:
                 self._admission.keep(sequence)
@@ -246,21 +272,20 @@ class Scheduler:
             return None
         for sequence in group.rows:
             sequence.num_computed_tokens += 1
-        rows = [Row(sequence.sequence_id, sequence.num_computed_tokens) for sequence in group.rows]
+        rows = [(sequence, Row(sequence.sequence_id, sequence.num_computed_tokens)) for sequence in group.rows]
         token_ids = [sequence.token_ids[-1:] for sequence in group.rows]
         num_groups = sum(bool(other.rows) for other in self._groups)
-        drawn = [(sequence, len(sequence.token_ids)) for sequence in group.rows]
         group.is_in_flight = True
-        return self._step(rows, token_ids, _InFlight(group, drawn, num_groups), group.group_id)
+        return self._step(token_ids, _InFlight(group, rows, num_groups))
 
     def _only_operations(self) -> Step | None:
         """Nobody runs, but somebody left: let the ranks free the memory now."""
-        return self._step([], [], _InFlight()) if self._admission.has_changes else None
+        return self._step([], _InFlight()) if self._admission.has_changes else None
 
-    def _step(
-        self, rows: list[Row], token_ids: list[list[int]], in_flight: _InFlight, group_id: int | None = None
-    ) -> Step:
+    def _step(self, token_ids: list[list[int]], in_flight: _InFlight) -> Step:
         changes = self._admission.take_changes()
+        rows = [row for _, row in in_flight.rows]
+        group_id = None if in_flight.group is None else in_flight.group.group_id
         frame = Frame(next(self._frame_ids), changes.operations, rows, group_id, after_idle=self._is_idle)
         self._is_idle = False
         in_flight.was_clean = not any(other.num_prefill_tokens for other in self._in_flight.values())

@@ -60,6 +60,11 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def wants_prompt_logprobs(self) -> bool:
+        """True if every token of its prompt has to be computed, and its logits too."""
+        return self.submit.sampling.prompt_logprobs is not None
+
+    @property
     def max_length(self) -> int:
         """Tokens in the caches when it is longest: its last sampled token is never run."""
         return self.num_prompt_tokens + self.submit.max_tokens - 1

@@ -1,4 +1,4 @@
-"""One rank's part of a step: change the caches as the frame says, run the layers, on the last rank sample.
+"""One rank's part of a step: change the caches as the frame says, run the layers, on the last rank draw and score.
 
 The same code on every rank and for every ring size. It evaluates what it returns, so that only evaluated arrays reach
 the data plane; it holds no policy and knows no neighbours. Rank 0's engine and the other ranks' worker loop call it
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -21,8 +21,12 @@ from server.errors import DisagreementError
 from server.frame import Admit, Frame, Header, Keep, Leave, ResultHeader, StepHeader
 from server.kv_budget import MIB, RankCost
 from server.kv_cache import KVCacheStore
+from server.logprobs import Logprobs
 from server.quantization import quantized_make_cache
 from server.sampler import Sampler
+
+if TYPE_CHECKING:
+    from server.grammar import Grammars
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +42,18 @@ class Stage:
     Args:
         model: the loaded stage.
         kv_cache_bits: 8 or 4 to keep keys and values in so many bits, None to keep them as they are.
+        make_grammars: what follows requests' grammars, for logits of a given width; called on the last rank.
 
     Raises:
         CacheError: this model's caches cannot be quantized.
     """
 
-    def __init__(self, model: StageModel, kv_cache_bits: int | None = None) -> None:
+    def __init__(
+        self,
+        model: StageModel,
+        kv_cache_bits: int | None = None,
+        make_grammars: Callable[[int], Grammars] | None = None,
+    ) -> None:
         self._model = model
         make_cache = model.make_cache if kv_cache_bits is None else quantized_make_cache(model, kv_cache_bits)
         self.caches = KVCacheStore(make_cache, can_batch=model.can_batch)
@@ -52,7 +62,11 @@ class Stage:
         if not self.cache_cost.can_keep:
             unknown = next(filter(None, map(uncopyable_class, dry_caches)))
             logger.info("the prefix cache is off: %s cannot be copied", unknown)
-        self._sampler = Sampler(dry_output.shape[-1]) if model.is_last else None
+        self._sampler: Sampler | None = None
+        self._logprobs = Logprobs()
+        if model.is_last:
+            vocab_size = dry_output.shape[-1]
+            self._sampler = Sampler(vocab_size, make_grammars(vocab_size) if make_grammars else None)
         default_limit = mx.set_cache_limit(BUFFER_CACHE_BYTES)
         mx.set_cache_limit(min(BUFFER_CACHE_BYTES, default_limit))  # the CPU backend's own is 32 MiB
 
@@ -72,12 +86,16 @@ class Stage:
         """
         frame = header.frame
         self.caches.apply(frame.operations)
-        self._tell_sampler(frame)
+        if self._sampler is not None:
+            self._tell(self._sampler, frame)
         started = time.perf_counter()
         structure, outgoing = self._run_rows(header, arrays) if frame.rows else (None, [])
+        failures: dict[int, str] = {}
+        if self._sampler is not None and frame.group_id is not None:
+            failures = self._sampler.drawn([row.sequence_id for row in frame.rows], outgoing[0])
         stage_seconds = [*header.stage_seconds, time.perf_counter() - started]
         if self._model.is_last:
-            return ResultHeader(frame.frame_id, stage_seconds), outgoing
+            return ResultHeader(frame.frame_id, stage_seconds, failures), outgoing
         return StepHeader(frame, structure, stage_seconds), [*arrays[:1], *outgoing]
 
     def _run_rows(self, header: StepHeader, arrays: Sequence[mx.array]) -> tuple[Any, list[mx.array]]:
@@ -98,36 +116,39 @@ class Stage:
     ) -> tuple[Any, list[mx.array]]:
         """The model's step, evaluated. A function of its own so that nothing lazy is left of it."""
         output = self._model(token_ids, message, caches)
-        if self._model.is_last:
-            structure, outgoing = None, self._sample(frame, token_ids, output)
+        if self._sampler is not None:
+            structure, outgoing = None, self._results(self._sampler, frame, token_ids, output)
         else:
             outgoing, structure = pack_message(output)
         mx.eval(outgoing, [arrays_of(cache) for cache in caches])
         return structure, outgoing
 
-    def _tell_sampler(self, frame: Frame) -> None:
-        if self._sampler is None:
-            return
+    def _tell(self, sampler: Sampler, frame: Frame) -> None:
+        """Who comes and who goes."""
         for operation in frame.operations:
             match operation:
-                case Admit(sequence_id=sequence_id):
-                    self._sampler.admit(sequence_id, operation.sampling, operation.num_prompt_tokens)
-                    self._sampler.observe(sequence_id, operation.cached_token_ids)
+                case Admit(sequence_id=sequence_id, sampling=sampling, num_prompt_tokens=num_prompt_tokens):
+                    self._logprobs.admit(sequence_id, sampling, num_prompt_tokens)
+                    sampler.admit(sequence_id, sampling, num_prompt_tokens, operation.stop_token_ids)
+                    sampler.observe(sequence_id, operation.cached_token_ids)
                 case Leave(sequence_ids=sequence_ids):
                     for sequence_id in sequence_ids:
-                        self._sampler.forget(sequence_id)
+                        self._logprobs.forget(sequence_id)
+                        sampler.forget(sequence_id)
                 case Keep(sequence_id=sequence_id, leaves=True):
-                    self._sampler.forget(sequence_id)
+                    self._logprobs.forget(sequence_id)
+                    sampler.forget(sequence_id)
 
-    def _sample(self, frame: Frame, token_ids: mx.array, logits: mx.array) -> list[mx.array]:
-        """The next token of each row of a decode frame, (rows,); nothing for a prefill frame: its logits stay lazy."""
-        assert self._sampler is not None
+    def _results(self, sampler: Sampler, frame: Frame, token_ids: mx.array, logits: mx.array) -> list[mx.array]:
+        """What `ResultHeader` tells of. Of a prefill frame of which nobody wants logprobs the logits stay lazy."""
         sequence_ids = [row.sequence_id for row in frame.rows]
-        if self._sampler.wants_tokens(sequence_ids):
+        if sampler.wants_tokens(sequence_ids):
             ids: list[list[int]] = token_ids.tolist()  # type: ignore[assignment]
             for row, row_ids in zip(frame.rows, ids, strict=True):
-                self._sampler.observe(row.sequence_id, row_ids[: row.num_tokens])
-        if frame.group_id is None:
-            return []
-        # The token drawn after `length` cached ones has that index.
-        return [self._sampler.sample(logits[:, -1, :], sequence_ids, [row.length for row in frame.rows])]
+                sampler.observe(row.sequence_id, row_ids[: row.num_tokens])
+        drawn = None
+        if frame.group_id is not None:
+            # The token drawn after `length` cached ones has that index.
+            drawn = sampler.sample(logits[:, -1, :], sequence_ids, [row.length for row in frame.rows])
+        logprobs = self._logprobs.of_frame(frame, token_ids, logits, drawn)
+        return logprobs if drawn is None else [drawn, *logprobs]

@@ -35,6 +35,7 @@ from server.chunking import MAX_CHUNK_TOKENS
 from server.counters import StageClock
 from server.engine import Engine, RequestLimits
 from server.errors import ServerError
+from server.grammar import Grammars
 from server.kv_budget import MIB, KVBudget, RankCost
 from server.laps import Laps, StartError
 from server.placing import Placing, Split
@@ -46,6 +47,9 @@ from server.warm_up import NUM_TOKENS, warm_up
 from server.worker import run_worker
 
 DEFAULT_MAX_RUNNING = 32
+# Grammars need the vocabulary in a form of their own, and making it holds up all of a rank's threads for half a second:
+# not while the ring starts, and better not during the first request that has a grammar.
+_GRAMMARS_AFTER_S = 2.0
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +102,7 @@ class _RankStart:
         self._root = Path.cwd()  # where mlx.launch put us: the project's folder, WORKER_DIR on other machines
         self._status = status
         self._laps = Laps(pipeline, everyone, status)
+        self._grammars: Grammars | None = None  # on the last rank
         if api is not None:
             pipeline.on_reports = self._send_progress
 
@@ -118,6 +123,8 @@ class _RankStart:
         self._status.state = READY
         clock = StageClock(self._pipeline)
         self._status.counters = clock.counters
+        if self._grammars is not None:
+            self._grammars.warm(_GRAMMARS_AFTER_S)
         if self._api is None:
             run_worker(self._stage, self._pipeline, clock)
         self._laps.tell("run a first token through the ring")
@@ -198,9 +205,13 @@ class _RankStart:
         if mx.metal.is_available():  # from MLX's documentation: weights stay resident up to this limit
             maybe_set_recommended_wired_limit()
         self._model = load_stage(self._info, layer_range, trust_remote_code=settings.trust_remote_code)
-        self._stage = Stage(self._model, settings.kv_cache_bits)
+        self._stage = Stage(self._model, settings.kv_cache_bits, self._make_grammars)
         logger.info("holds layers %s: %.0f MiB", layer_range, mx.get_active_memory() / MIB)
         return self._stage.cache_cost
+
+    def _make_grammars(self, vocab_size: int) -> Grammars:
+        self._grammars = Grammars(self._info.path, vocab_size)
+        return self._grammars
 
     def _budget(self, settings: Settings, costs: list[RankCost]) -> tuple[KVBudget, int]:
         budget = KVBudget(

@@ -85,10 +85,14 @@ class StepTimes:
         return sorted((rows, seconds) for (groups, rows), seconds in self._medians.items() if groups == num_groups)
 
     def _forget_old(self) -> None:
-        """But not of one group: what groups lose to each other on one machine is in all other times."""
+        """Of one group the quickest stays: what groups lose to each other on one machine is in all other times."""
         for key, noted_at in list(self._noted_at.items()):
-            if key[0] > 1 and self._num_noted - noted_at > _FORGET_AFTER:
-                del self._noted_at[key], self._recent[key], self._medians[key]
+            if self._num_noted - noted_at <= _FORGET_AFTER:
+                continue
+            recent = self._recent.pop(key)
+            del self._noted_at[key], self._medians[key]
+            if key[0] == 1:
+                self._medians[key] = [min(seconds) for seconds in zip(*recent, strict=True)]
 
 
 def _on_line(known: list[tuple[int, list[float]]], num_rows: int) -> list[float]:

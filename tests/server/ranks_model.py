@@ -1,7 +1,8 @@
 """What every rank holds, as lists of token ids: a stand-in for the ranks that refuses what a rank would refuse.
 
 It checks more than a rank can: that every token which runs is preceded by just the tokens that its request has before
-it, wherever its caches came from, and that everything that is held fits the budget after each frame.
+it, wherever its caches came from, and that everything that is held fits the budget after each frame. The ring checks
+that logprobs come when they should.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from server.frame import Admit, Detach, Drop, Join, Keep, Leave
+from distributed.frames import MAX_CONTROL_BYTES
+from server.chunking import LOGPROBS_CHUNK_TOKENS
+from server.frame import Admit, Detach, Drop, Join, Keep, Leave, ResultHeader, StepHeader, encode_header
 from server.kv_budget import CacheCost, KVBudget, RankCost, Shape
-from server.protocol import SamplingParams, SequenceOutput, Submit
+from server.protocol import SamplingParams, SequenceOutput, Submit, TokenLogprobs
 from server.scheduler import Scheduler, SchedulerOptions, Step
 
 STOP = 7
@@ -29,17 +32,25 @@ def answer(prompt: list[int], num_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+def logprobs_of(tokens: list[int], num_top: int) -> TokenLogprobs:
+    """The model's logprobs of the last of `tokens`: any function of them will do."""
+    top_ids = [hash((*tokens[:-1], rank)) % 90 for rank in range(num_top)]
+    return TokenLogprobs(-float(hash(tuple(tokens)) % 100), top_ids, [-0.5 * rank for rank in range(num_top)])
+
+
 class Ranks:
     """Token ids in the caches: of sequences in no group, of groups in row order, and of kept entries."""
 
     def __init__(self, budget: KVBudget) -> None:
         self.budget = budget
+        self.admitted: dict[int, Admit] = {}
         self.sequences: dict[int, list[int]] = {}
         self.groups: dict[int, dict[int, list[int]]] = {}
         self.entries: dict[int, list[int]] = {}
 
-    def run(self, step: Step) -> list[int]:
-        """Apply a frame; the tokens it draws."""
+    def run(self, step: Step) -> list[list[Any]]:
+        """Apply a frame; the tensors of its result."""
+        assert len(encode_header(StepHeader(step.frame))) < MAX_CONTROL_BYTES / 2
         for operation in step.frame.operations:
             self._apply(operation)
             self.groups = {group_id: group for group_id, group in self.groups.items() if group}
@@ -51,9 +62,34 @@ class Ranks:
             holders[row.sequence_id] += token_ids
             assert len(holders[row.sequence_id]) == row.length and len(token_ids) == row.num_tokens
         self._check_budget()
-        return [next_token(holders[row.sequence_id]) for row in frame.rows] if frame.group_id is not None else []
+        texts = [holders[row.sequence_id] for row in frame.rows]
+        drawn = [next_token(text) for text in texts] if frame.group_id is not None else []
+        return [*([drawn] if drawn else []), *self._logprobs(step, texts, drawn)]
+
+    def _logprobs(self, step: Step, texts: list[list[int]], drawn: list[int]) -> list[list[Any]]:
+        admitted = [self.admitted[row.sequence_id] for row in step.frame.rows]
+        wanted: list[tuple[list[int], int]] = []
+        for admit, text, token_ids in zip(admitted, texts, step.token_ids, strict=True):
+            num_top = admit.sampling.prompt_logprobs
+            for index in range(len(text) - len(token_ids), len(text)):
+                if num_top is not None and 0 < index < admit.num_prompt_tokens:
+                    wanted.append((text[: index + 1], num_top))
+        if wanted and not drawn:
+            assert len(texts) * max(map(len, step.token_ids)) <= LOGPROBS_CHUNK_TOKENS
+        for admit, text, token_id in zip(admitted, texts, drawn, strict=False):
+            if (num_top := admit.sampling.logprobs) is not None:
+                wanted.append(([*text, token_id], num_top))
+        num_top = max((num_top for _, num_top in wanted), default=0)
+        logprobs = [logprobs_of(tokens, num_top) for tokens, _ in wanted]
+        tensors: list[list[Any]] = [[one.logprob for one in logprobs]] if wanted else []
+        if num_top:
+            tensors += [[one.top_ids for one in logprobs], [one.top_logprobs for one in logprobs]]
+        return tensors
 
     def _apply(self, operation: object) -> None:
+        if isinstance(operation, Admit):
+            assert not (operation.num_cached_tokens and operation.sampling.prompt_logprobs is not None)
+            self.admitted[operation.sequence_id] = operation
         match operation:
             case Admit(sequence_id=sequence_id, entry_id=None):
                 assert not self.holds(sequence_id)
@@ -125,7 +161,8 @@ def make_budget(
 class Ring:
     """A scheduler and its ranks, with frames in flight between them, which come back in order.
 
-    `seconds(rows or tokens of prefill)`: what a stage takes for a step; a frame takes no time otherwise.
+    `seconds(rows or tokens of prefill)`: what a stage takes for a step; a frame takes no time otherwise. `failures`:
+    sequences that the last rank says cannot go on.
     """
 
     def __init__(self, budget: KVBudget, *, num_stages: int = 1, seconds=lambda rows: 0.01, **options: Any) -> None:
@@ -139,14 +176,19 @@ class Ring:
         self.ranks = Ranks(budget)
         self.seconds = seconds
         self.outputs: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[TokenLogprobs]] = {}
+        self.prompt_logprobs: dict[str, dict[int, TokenLogprobs]] = {}  # by the token's index in the prompt
         self.finished: dict[str, str] = {}
+        self.failures: dict[int, str] = {}
         self.steps: list[Step] = []
-        self._in_flight: deque[tuple[Step, list[int]]] = deque()
+        self._submitted: dict[str, Submit] = {}
+        self._in_flight: deque[tuple[Step, list[list[Any]]]] = deque()
 
     def submit(self, name: str, prompt: int | list[int] = 10, max_tokens: int = 5, **options) -> None:
         token_ids = [100 + i for i in range(prompt)] if isinstance(prompt, int) else prompt
         defaults = {"max_tokens_given": True, "stop_token_ids": [STOP], "sampling": SamplingParams()}
-        self.scheduler.add(Submit(name, token_ids, max_tokens=max_tokens, **(defaults | options)))
+        self._submitted[name] = Submit(name, token_ids, max_tokens=max_tokens, **(defaults | options))
+        self.scheduler.add(self._submitted[name])
 
     def launch(self) -> Step | None:
         """Put one more frame into the ring, if the scheduler has one."""
@@ -157,16 +199,29 @@ class Ring:
 
     def receive(self) -> list[SequenceOutput]:
         """The oldest frame comes back."""
-        step, tokens = self._in_flight.popleft()
+        step, tensors = self._in_flight.popleft()
         width = max((row.num_tokens for row in step.frame.rows), default=0)
         seconds = self.seconds(len(step.frame.rows) * width)
         times = [seconds] * self.num_stages
-        outputs = self.scheduler.complete(step.frame.frame_id, tokens, times, sum(times))
+        rows = {row.sequence_id for row in step.frame.rows if step.frame.group_id is not None}
+        failures = {sequence_id: why for sequence_id, why in self.failures.items() if sequence_id in rows}
+        outputs = self.scheduler.complete(ResultHeader(step.frame.frame_id, times, failures), tensors, sum(times))
         for output in outputs:
-            self.outputs.setdefault(output.request_id, []).extend(output.token_ids)
-            if output.finish_reason:
-                self.finished[output.request_id] = output.finish_reason
+            self._take(output)
         return outputs
+
+    def _take(self, output: SequenceOutput) -> None:
+        submit = self._submitted[output.request_id]
+        self.outputs.setdefault(output.request_id, []).extend(output.token_ids)
+        self.logprobs.setdefault(output.request_id, []).extend(output.logprobs)
+        assert len(output.logprobs) == (0 if submit.sampling.logprobs is None else len(output.token_ids))
+        of_prompt = self.prompt_logprobs.setdefault(output.request_id, {})
+        for index, logprobs in enumerate(output.prompt_logprobs, output.prompt_logprobs_start):
+            of_prompt[index] = logprobs
+        if output.token_ids and submit.sampling.prompt_logprobs is not None:
+            assert list(of_prompt) == list(range(1, len(submit.prompt_token_ids))), "all before the first token"
+        if output.finish_reason:
+            self.finished[output.request_id] = output.finish_reason
 
     @property
     def num_in_flight(self) -> int:

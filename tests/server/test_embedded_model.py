@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
+from api.grammar import json_schema
 from distributed.model_files import prepare_model
+from server.protocol import SamplingParams
 from tests.ring_harness import ROOT, RingUnderTest, python, running_ring
 
 pytestmark = pytest.mark.ring
@@ -46,6 +48,7 @@ class Reference:
     folder: Path
     prompts: list[list[int]]
     answers: list[list[int]]
+    logprobs: list[list[float]]
     stop_token_ids: list[int]
 
 
@@ -97,6 +100,52 @@ def test_prompts_that_share_their_beginning_and_second_turns_start_from_what_is_
     assert ask(ring, reference, indices, "again") == [reference.answers[index] for index in indices]
     num_shared = 4 * sum(len(reference.prompts[index]) for index in indices) // 5
     ring.wait_stats(lambda stats: stats.counters.num_cached_tokens - before > num_shared)
+
+
+def test_logprobs_are_mlx_lm_s_alone_and_in_a_batch(ring: RingUnderTest, reference: Reference):
+    indices = list(range(8))
+    for together in (indices[:1], indices):
+        names = [f"scored-{len(together)}-{index}" for index in together]
+        for index, name in zip(together, names, strict=True):
+            sampling = SamplingParams(temperature=0.0, logprobs=2)
+            options = {"sampling": sampling, "stop_token_ids": reference.stop_token_ids}
+            ring.submit(name, reference.prompts[index], MAX_TOKENS, **options)
+        outputs = list(ring.outputs(len(names)))
+        for index, name in zip(together, names, strict=True):
+            scored = [logprobs for output in outputs if output.request_id == name for logprobs in output.logprobs]
+            assert [logprobs.logprob for logprobs in scored] == pytest.approx(reference.logprobs[index], abs=1e-3)
+            assert [logprobs.top_ids[0] for logprobs in scored] == reference.answers[index], "greedy: the likeliest"
+
+
+# What the first ring drew, which all others draw as well.
+_DRAWN: dict[str, list[int]] = {}
+SHAPE = {"type": "object", "properties": {"name": {"type": "string"}, "size": {"enum": ["small", "large"]}}}
+
+
+def test_seeds_and_grammars_give_the_same_answer_on_any_ring_alone_and_among_others(
+    ring: RingUnderTest, reference: Reference
+):
+    grammar = json_schema(SHAPE | {"required": ["name", "size"]}, strict=True, param="schema")
+    requests = {
+        "seeded": SamplingParams(temperature=0.9, top_p=0.95, seed=11, presence_penalty=0.4),
+        "with a grammar": SamplingParams(temperature=0.8, seed=5, grammar=grammar),
+    }
+
+    def submit(name: str, sampling: SamplingParams, index: int) -> None:
+        options = {"sampling": sampling, "stop_token_ids": reference.stop_token_ids}
+        ring.submit(name, reference.prompts[index], 16, **options)
+
+    for name, sampling in requests.items():
+        submit(name, sampling, 7)
+        drawn = ring.collect(name)[name]
+        assert drawn == _DRAWN.setdefault(name, drawn)
+    for other in range(6):
+        submit(f"other {other}", SamplingParams(temperature=1.0, seed=other), other)
+    for name, sampling in requests.items():
+        submit(f"{name}, among others", sampling, 7)
+    together = ring.collect(*(f"other {other}" for other in range(6)), *(f"{name}, among others" for name in requests))
+    for name in requests:
+        assert together[f"{name}, among others"] == _DRAWN[name]
 
 
 def test_each_rank_holds_its_share_and_loading_never_held_much_more(reference: Reference):

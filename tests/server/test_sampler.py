@@ -1,5 +1,9 @@
 """The sampler against plain numpy, and its promise: the same noise alone, in a batch, and after a restart."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -144,3 +148,95 @@ def test_a_resumed_sequence_is_penalized_as_if_it_had_never_stopped():
     resumed.observe(0, [1, 2, 8, 9])
     resumed.observe(0, [8])
     assert draw(straight, logits[None], [5]) == draw(resumed, logits[None], [5])
+
+
+# -- what may not be drawn -------------------------------------------------------------------------------------------
+
+GRAMMAR = SamplingParams(temperature=0, grammar="…")
+STOPS = [6, 7, VOCAB + 5]  # a tokenizer may name ids that the model does not have
+
+
+class SetGrammars:
+    """In the place of `server.grammar.Grammars`: what a sequence may draw, and what is wrong with it."""
+
+    def __init__(self, allowed: dict[int, set[int]], broken: dict[int, str] | None = None) -> None:
+        self.allowed, self.broken = allowed, broken or {}
+        self.calls: list[Any] = []
+
+    def admit(self, *arguments: Any) -> None:
+        self.calls.append(("admit", *arguments))
+
+    def forget(self, *arguments: Any) -> None:
+        self.calls.append(("forget", *arguments))
+
+    def observe(self, *arguments: Any) -> None:
+        self.calls.append(("observe", *arguments))
+
+    def drawn(self, *arguments: Any) -> None:
+        self.calls.append(("drawn", *arguments))
+
+    def bitmasks(self, sequence_ids: list[int]) -> np.ndarray:
+        words = np.full((len(sequence_ids), VOCAB // 32), -1, np.int32)
+        for row, sequence_id in enumerate(sequence_ids):
+            if sequence_id in self.allowed:
+                bits = [token_id in self.allowed[sequence_id] for token_id in range(VOCAB)]
+                words[row] = np.packbits(bits, bitorder="little").view(np.int32)
+        return words
+
+    def failures(self, sequence_ids: list[int]) -> dict[int, str]:
+        return {sequence_id: why for sequence_id, why in self.broken.items() if sequence_id in sequence_ids}
+
+
+def masked(grammars: SetGrammars, *params: SamplingParams) -> Sampler:
+    sampler = Sampler(VOCAB, grammars)  # type: ignore[arg-type]
+    for sequence_id, one in enumerate(params):
+        sampler.admit(sequence_id, one, 2, STOPS)
+    return sampler
+
+
+def test_only_what_the_grammar_allows_is_drawn_greedily_or_not_and_other_rows_do_not_notice():
+    logits = random_logits(1)[0]
+    sampled = SamplingParams(temperature=2.0, seed=4, grammar="…", top_k=50, min_p=0.01)
+    biased = SamplingParams(temperature=0, grammar="…", logit_bias={3: 100.0})
+    sampler = masked(SetGrammars({0: {5, 40, 63}, 1: {31, 32}, 3: {9, 10}}), GRAMMAR, sampled, SamplingParams(), biased)
+    free = Sampler(VOCAB)
+    free.admit(2, SamplingParams(), 2)
+    seen = set()
+    for position in range(2, 200):
+        drawn = draw(sampler, np.stack([logits] * 4), [position] * 4)
+        assert drawn[0] == max((5, 40, 63), key=lambda token_id: logits[token_id])
+        assert drawn[1] in (31, 32) and drawn[3] in (9, 10)
+        assert drawn[2] == free.sample(mx.array(logits[None].astype(np.float32)), [2], [position]).item()
+        seen.add(drawn[1])
+    assert seen == {31, 32}
+
+
+def test_stop_ids_are_not_drawn_before_min_tokens_and_may_be_from_then_on():
+    logits = np.zeros(VOCAB)
+    logits[[6, 7, 8]] = 3.0, 2.0, 1.0
+    sampler = masked(SetGrammars({}), SamplingParams(temperature=0, min_tokens=3), SamplingParams(temperature=0))
+    drawn = [draw(sampler, np.stack([logits] * 2), [position] * 2) for position in range(2, 7)]
+    assert drawn == [[8, 6], [8, 6], [8, 6], [6, 6], [6, 6]], "position 2 is the first after a prompt of 2"
+
+
+def test_a_grammar_that_allows_nothing_but_the_end_may_end_before_min_tokens():
+    short = SamplingParams(temperature=0, grammar="…", min_tokens=9)
+    sampler = masked(SetGrammars({0: {6, 9}, 1: {7}}), short, short)
+    logits = np.zeros(VOCAB)
+    logits[6] = 5.0
+    assert draw(sampler, np.stack([logits] * 2)) == [9, 7]
+
+
+def test_grammars_hear_of_tokens_and_say_who_cannot_go_on():
+    grammars = SetGrammars({0: {5}}, broken={2: "it grew too large"})
+    sampler = masked(grammars, GRAMMAR, SamplingParams(), GRAMMAR)
+    params = (GRAMMAR, SamplingParams(), GRAMMAR)
+    assert grammars.calls == [("admit", index, one, 2, [6, 7]) for index, one in enumerate(params)]
+    grammars.calls.clear()
+    assert sampler.wants_tokens([1, 2]) and not sampler.wants_tokens([1])
+    sampler.observe(0, [1, 2])
+    sampler.observe(1, [1, 2])
+    assert sampler.drawn([2, 1], mx.array([5, 6])) == {2: "it grew too large"}
+    assert sampler.drawn([1], mx.array([6])) == {}
+    sampler.forget(0)
+    assert grammars.calls == [("observe", 0, [1, 2]), ("drawn", [2, 1], [5, 6]), ("forget", 0)]

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 
 from server.admission import GROWTH_TOKENS
 from server.frame import Admit, Keep, Leave
-from server.kv_budget import CacheCost
-from tests.server.ranks_model import Ring, answer, make_budget
+from server.kv_budget import MIB, CacheCost
+from server.protocol import SamplingParams, TokenLogprobs
+from tests.server.ranks_model import Ring, answer, logprobs_of, make_budget
 
 
 def prompt_of(num_tokens: int, first: int = 100) -> list[int]:
@@ -153,6 +154,111 @@ def test_a_resumed_request_goes_on_after_the_ids_it_has():
     steps = ring.run()
     assert steps[0].token_ids == [[1, 2, 3, 4]] and steps[1].token_ids == [[5]]
     assert ring.outputs == {"a": answer([1, 2, 3, 4, 5], 3)}
+
+
+def test_a_sequence_that_cannot_go_on_ends_with_its_error_and_the_others_go_on():
+    ring = Ring(make_budget(8192), num_stages=2)
+    for name in "abc":
+        ring.submit(name, 20, max_tokens=10)
+    ring.run(6)
+    before = list(ring.outputs["b"])
+    ring.failures[1] = "the grammar grew too large"
+    ring.run()
+    assert ring.finished == {"a": "length", "b": "error", "c": "length"}
+    assert ring.outputs["b"][: len(before)] == before and len(ring.outputs["b"]) < 10
+    assert ring.outputs["a"] == ring.outputs["c"] == answer(prompt_of(20), 10) and ring.ranks.is_empty
+
+
+def test_stop_ids_reach_the_ranks_only_where_a_draw_depends_on_them():
+    ring = Ring(make_budget(8192))
+    for name, sampling in {
+        "plain": SamplingParams(), "minimum": SamplingParams(min_tokens=1), "grammar": SamplingParams(grammar="…")
+    }.items():  # fmt: skip
+        ring.submit(name, 5, sampling=sampling, stop_token_ids=[3, 4])
+    admits = [op for step in ring.run() for op in step.frame.operations if isinstance(op, Admit)]
+    assert [admit.stop_token_ids for admit in admits] == [[], [3, 4], [3, 4]]
+
+
+def test_long_grammars_that_come_together_go_with_several_frames():
+    """The model of the ranks refuses a header that is too long."""
+    ring = Ring(make_budget(65536), max_running=32)
+    for index in range(12):
+        ring.submit(str(index), 200, max_tokens=3, sampling=SamplingParams(grammar="g" * 2 * MIB))
+    ring.run()
+    assert len(ring.finished) == 12
+
+
+# -- logprobs --------------------------------------------------------------------------------------------------------
+
+
+def prompt_logprobs(prompt: list[int], num_top: int) -> dict[int, TokenLogprobs]:
+    return {index: logprobs_of(prompt[: index + 1], num_top) for index in range(1, len(prompt))}
+
+
+def answer_logprobs(prompt: list[int], num_tokens: int, num_top: int) -> list[TokenLogprobs]:
+    tokens = [*prompt, *answer(prompt, num_tokens)]
+    return [logprobs_of(tokens[: index + 1], num_top) for index in range(len(prompt), len(tokens))]
+
+
+def test_each_request_of_a_batch_gets_the_logprobs_it_wants():
+    ring = Ring(make_budget(8192))
+    wants = {"none": None, "its own": 0, "three": 3, "five": 5}
+    for name, num_top in wants.items():
+        ring.submit(name, 20, max_tokens=4, sampling=SamplingParams(logprobs=num_top))
+    ring.run()
+    assert ring.logprobs.pop("none") == []
+    assert ring.logprobs == {name: answer_logprobs(prompt_of(20), 4, wants[name] or 0) for name in ring.logprobs}
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 129, 700])
+def test_a_prompts_logprobs_come_with_its_chunks_and_the_last_with_the_first_token(num_tokens: int):
+    ring = Ring(make_budget(8192), num_stages=3)
+    ring.submit("other", prompt_of(700, 5000), max_tokens=20)
+    ring.submit("a", num_tokens, max_tokens=4, sampling=SamplingParams(prompt_logprobs=2, logprobs=1))
+    ring.run()
+    assert ring.prompt_logprobs["a"] == prompt_logprobs(prompt_of(num_tokens), 2)
+    assert ring.logprobs["a"] == answer_logprobs(prompt_of(num_tokens), 4, 1)
+
+
+def test_a_prompt_with_logprobs_is_computed_whole_whatever_is_kept_or_being_read_and_is_kept_for_others():
+    ring = Ring(make_budget(16384), num_stages=2)
+    ring.submit("kept", 600)
+    ring.run()
+    ring.submit("scored", 600, sampling=SamplingParams(prompt_logprobs=0))
+    ring.submit("reading", prompt_of(600, 5000))
+    ring.submit("scored beside", prompt_of(600, 5000), sampling=SamplingParams(prompt_logprobs=0))
+    ring.run()
+    ring.submit("scored first", prompt_of(600, 9000), sampling=SamplingParams(prompt_logprobs=0))
+    ring.submit("after", prompt_of(600, 9000))
+    ring.run()
+    none = dict.fromkeys(["kept", "scored", "reading", "scored beside", "scored first"], 0)
+    assert ring.started() == none | {"after": 599}
+    assert ring.prompt_logprobs["scored"] == prompt_logprobs(prompt_of(600), 0)
+
+
+@pytest.mark.parametrize(("who", "most_rows"), [([], 8), ([5], 7), (range(8), 3)])
+def test_short_prompts_share_a_frame_only_as_long_as_its_logits_are_few(who, most_rows: int):
+    ring = Ring(make_budget(16384), seconds=lambda tokens: 1.0 + 0.01 * tokens, chunk_tokens=None)
+    for index, length in enumerate((20, 30)):
+        ring.submit(f"first-{index}", prompt_of(length, 1000 * index), max_tokens=1)
+        ring.run()
+    for index in range(8):
+        sampling = SamplingParams(prompt_logprobs=0 if index in who else None)
+        ring.submit(f"second-{index}", prompt_of(40, 2000 + 1000 * index), max_tokens=3, sampling=sampling)
+    packs = [len(step.frame.rows) for step in ring.run() if step.frame.group_id is None]
+    assert max(packs) == most_rows and sum(packs) == 8
+
+
+def test_a_replayed_request_gets_the_logprobs_of_its_prompt_again_and_none_of_what_it_has():
+    ring = Ring(make_budget(8192))
+    prompt = prompt_of(300)
+    tokens = answer(prompt, 6)
+    sampling = SamplingParams(prompt_logprobs=1, logprobs=0)
+    ring.submit("a", prompt, max_tokens=6, sampling=sampling, output_token_ids=tokens[:4])
+    ring.run()
+    assert ring.outputs["a"] == tokens[4:]
+    assert ring.prompt_logprobs["a"] == prompt_logprobs(prompt, 1)
+    assert ring.logprobs["a"] == answer_logprobs(prompt, 6, 0)[4:]
 
 
 # -- several frames in flight ----------------------------------------------------------------------------------------
@@ -340,6 +446,12 @@ def test_nothing_is_kept_where_caches_cannot_be_copied_or_the_key_says_no():
 # -- anything at all -------------------------------------------------------------------------------------------------
 
 CACHES = {"attention": None, "windowed": WINDOWED, "state-space": STATE_SPACE}
+SAMPLING = [
+    SamplingParams(),
+    SamplingParams(logprobs=2),
+    SamplingParams(prompt_logprobs=0),
+    SamplingParams(logprobs=0, prompt_logprobs=3),
+]
 
 
 @settings(max_examples=100, deadline=None)
@@ -365,6 +477,7 @@ def test_no_sequence_is_lost_starved_or_wrong_and_the_budget_holds(data):
     )
     prompts: dict[str, list[int]] = {}
     wanted: dict[str, int] = {}
+    samplings: dict[str, SamplingParams] = {}
     for index in range(data.draw(st.integers(1, 12), "requests")):
         name = str(index)
         prompt = prompt_of(data.draw(st.integers(1, capacity // 2)), data.draw(st.sampled_from([100, 5000])))
@@ -373,9 +486,9 @@ def test_no_sequence_is_lost_starved_or_wrong_and_the_budget_holds(data):
             prompt = ([*prompts[other], *ring.outputs.get(other, []), *prompt])[: capacity // 2]
         max_tokens = data.draw(st.integers(1, min(capacity - len(prompt), 700)))
         given_limit = data.draw(st.booleans())
-        priority = data.draw(st.integers(0, 1))
-        ring.submit(name, prompt, max_tokens, max_tokens_given=given_limit, priority=priority, stop_token_ids=[])
-        prompts[name], wanted[name] = prompt, max_tokens
+        options = {"priority": data.draw(st.integers(0, 1)), "sampling": data.draw(st.sampled_from(SAMPLING))}
+        ring.submit(name, prompt, max_tokens, max_tokens_given=given_limit, stop_token_ids=[], **options)
+        prompts[name], wanted[name], samplings[name] = prompt, max_tokens, options["sampling"]
         for _ in range(data.draw(st.integers(0, 6))):
             if data.draw(st.booleans(), "receive") and ring.num_in_flight:
                 ring.receive()
@@ -389,4 +502,9 @@ def test_no_sequence_is_lost_starved_or_wrong_and_the_budget_holds(data):
     assert {name: ring.outputs[name] for name in wanted} == {
         name: answer(prompts[name], num_tokens) for name, num_tokens in wanted.items()
     }
+    for name, num_tokens in wanted.items():
+        if (num_top := samplings[name].logprobs) is not None:
+            assert ring.logprobs[name] == answer_logprobs(prompts[name], num_tokens, num_top)
+        if (num_top := samplings[name].prompt_logprobs) is not None:
+            assert ring.prompt_logprobs[name] == prompt_logprobs(prompts[name], num_top)
     assert ring.ranks.is_empty and ring.scheduler.num_running == ring.scheduler.num_waiting == 0

@@ -21,7 +21,7 @@ from distributed.shard.stage_model import StageModel
 from server.errors import DisagreementError
 from server.frame import Admit, Frame, Join, Keep, Leave, ResultHeader, Row, StepHeader, decode_header, encode_header
 from server.kv_budget import MIB, KVBudget
-from server.protocol import SamplingParams, Submit
+from server.protocol import SamplingParams, Submit, TokenLogprobs
 from server.scheduler import Scheduler, SchedulerOptions
 from server.stage import Stage
 from tests.distributed.tiny_models import build
@@ -53,8 +53,8 @@ class Ring:
         self.stages = [Stage(StageModel(build(architecture), layers), kv_cache_bits) for layers in ranges]
         self.budget = KVBudget([stage.cache_cost for stage in self.stages], 64 * MIB)
 
-    def run(self, frame: Frame, token_ids: list[list[int]] | None = None) -> tuple[list[int], list[float]]:
-        """One frame through all stages: the sampled ids, and what each stage took."""
+    def run(self, frame: Frame, token_ids: list[list[int]] | None = None) -> tuple[ResultHeader, list[list[Any]]]:
+        """One frame through all stages: the result's header, and its tensors as lists."""
         width = max(map(len, token_ids or [[]]))
         padded = [row + [0] * (width - len(row)) for row in token_ids or []]
         header, arrays = StepHeader(frame), [mx.array(padded, dtype=mx.int32)] if padded else []
@@ -62,8 +62,7 @@ class Ring:
             outgoing, arrays = stage.run(header, arrays)
             outgoing = decode_header(encode_header(outgoing))
             if isinstance(outgoing, ResultHeader):
-                sampled: list[int] = arrays[0].tolist() if arrays else []  # type: ignore[assignment]
-                return sampled, outgoing.stage_seconds
+                return outgoing, [array.tolist() for array in arrays]  # type: ignore[misc]
             header = outgoing
         raise AssertionError("the last stage gave no result")
 
@@ -83,8 +82,10 @@ class Server:
         )
         self.scheduler = Scheduler(ring.budget, options)
         self.outputs: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[TokenLogprobs]] = {}
+        self.prompt_logprobs: dict[str, dict[int, TokenLogprobs]] = {}  # by the token's index in the prompt
         self.frames: list[Frame] = []
-        self._in_flight: deque[tuple[int, tuple[list[int], list[float]]]] = deque()
+        self._in_flight: deque[tuple[ResultHeader, list[list[Any]]]] = deque()
 
     def serve(self, requests: list[Submit], *, every: int = 2) -> dict[str, list[int]]:
         """Run `requests`, a new one every few steps, so that they join and leave at different times."""
@@ -104,13 +105,16 @@ class Server:
         if (step := self.scheduler.schedule()) is None:
             return False
         self.frames.append(step.frame)
-        self._in_flight.append((step.frame.frame_id, self.ring.run(step.frame, step.token_ids)))
+        self._in_flight.append(self.ring.run(step.frame, step.token_ids))
         return True
 
     def _complete(self) -> None:
-        frame_id, (sampled, stage_seconds) = self._in_flight.popleft()
-        for output in self.scheduler.complete(frame_id, sampled, stage_seconds, sum(stage_seconds)):
+        result, tensors = self._in_flight.popleft()
+        for output in self.scheduler.complete(result, tensors, sum(result.stage_seconds)):
             self.outputs[output.request_id] += output.token_ids
+            self.logprobs.setdefault(output.request_id, []).extend(output.logprobs)
+            of_prompt = self.prompt_logprobs.setdefault(output.request_id, {})
+            of_prompt |= dict(enumerate(output.prompt_logprobs, output.prompt_logprobs_start))
 
     def operations(self, kind: type) -> list[Any]:
         return [operation for frame in self.frames for operation in frame.operations if isinstance(operation, kind)]
@@ -167,7 +171,7 @@ PENALIZED = SamplingParams(temperature=0, repetition_penalty=5.0, frequency_pena
 
 def first_tokens(ring: Ring, frames: list[tuple[Frame, list[list[int]]]]) -> list[int]:
     """What the last of `frames` samples."""
-    return [ring.run(frame, token_ids)[0] for frame, token_ids in frames][-1]
+    return [ring.run(frame, token_ids)[1] for frame, token_ids in frames][-1][0]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, PENALIZED])
@@ -215,9 +219,9 @@ def test_the_sampler_forgets_whoever_leaves_with_or_without_an_entry():
 def test_every_stage_adds_what_the_rows_took():
     ring = Ring("llama", 3)
     started = time.perf_counter()
-    _, seconds = ring.run(Frame(0, [Admit(0, 4, GREEDY)], [Row(0, 3, 3)]), [[5, 6, 7]])
+    seconds = ring.run(Frame(0, [Admit(0, 4, GREEDY)], [Row(0, 3, 3)]), [[5, 6, 7]])[0].stage_seconds
     assert len(seconds) == 3 and all(s > 0 for s in seconds) and sum(seconds) < time.perf_counter() - started
-    _, seconds = ring.run(Frame(1, [Leave([0])]))
+    seconds = ring.run(Frame(1, [Leave([0])]))[0].stage_seconds
     assert len(seconds) == 3 and sum(seconds) < 0.01
 
 
