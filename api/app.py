@@ -16,26 +16,30 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.engine_client import EngineClient
-from api.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound, error_response, http_status
+from api.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound, error_response_for, http_status
 from api.middleware import ApiKeyCheck, ErrorBoundary, RequestId
+from api.response_store import ResponseStore
 from api.ring_metrics import RingCollector
-from api.routes import chat, health, metrics, models
+from api.routes import chat, completions, docs, health, messages, metrics, models, responses, tokens, unsupported
 from api.service import Service
 from api.supervisor import Supervisor
 from config import Settings
+from distributed.launch import run_dir
 
 logger = logging.getLogger(__name__)
 
-EXPOSED_HEADERS = ["x-request-id", "x-ignored-fields", "retry-after"]
+EXPOSED_HEADERS = ["x-request-id", "request-id", "x-ignored-fields", "retry-after"]
 
 
 def create_app(settings: Settings, engine: EngineClient, supervisor: Supervisor) -> FastAPI:
     """The application that uvicorn serves."""
-    # The description at /docs comes with the rest of OpenAI's surface; a wrong one would be worse than none.
-    app = FastAPI(title="mlx-ring-server", openapi_url=None, redirect_slashes=False)
+    app = FastAPI(openapi_url=None, redirect_slashes=False)  # its own description knows no request's body
     app.state.service = Service(settings, engine, supervisor)
+    app.state.response_store = ResponseStore(
+        run_dir(settings.project_root), settings.responses_store_max, settings.responses_store_max_bytes
+    )
     engine.metrics.registry.register(RingCollector(engine, supervisor))
-    for routes in (chat, models, health, metrics):
+    for routes in (chat, completions, messages, responses, models, tokens, health, metrics, docs, unsupported):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_exception)
@@ -60,7 +64,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
     status = http_status(error)
     level = logging.WARNING if status >= 500 else logging.INFO
     logger.log(level, "%s %s: %d %s", request.method, request.url.path, status, error.message)
-    return error_response(error)
+    return error_response_for(request.scope, error)
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
@@ -71,9 +75,9 @@ async def _http_exception(request: Request, error: Exception) -> Response:
         allow = dict(error.headers or {})
         if method == "OPTIONS":  # not a preflight, those end in the CORS middleware
             return Response(status_code=204, headers=allow)
-        return error_response(MethodNotAllowed(f"Not allowed to {method} on {path}."), allow)
-    return error_response(NotFound(f"Invalid URL ({method} {path})"))
+        return error_response_for(request.scope, MethodNotAllowed(f"Not allowed to {method} on {path}."), allow)
+    return error_response_for(request.scope, NotFound(f"Invalid URL ({method} {path})"))
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
-    return error_response(InvalidRequest(f"Invalid request: {error}"))
+    return error_response_for(request.scope, InvalidRequest(f"Invalid request: {error}"))

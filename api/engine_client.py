@@ -15,8 +15,9 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from api.errors import ApiError, EngineFailure, QueueFull, Stalled
+from api.errors import ApiError, EngineFailure, InvalidRequest, QueueFull, Stalled
 from api.generation import Generation
+from api.limits import KeyLimits
 from api.metrics import RequestMetrics
 from server.protocol import (
     PROTOCOL_VERSION,
@@ -49,6 +50,8 @@ class EngineClient:
         *,
         max_queued_requests: int,
         request_timeout_s: float,
+        max_concurrent_per_key: int | None = None,
+        max_queued_per_key: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`rank_settings`: what `Configure` carries to the ranks."""
@@ -64,6 +67,7 @@ class EngineClient:
         self._rank_settings = rank_settings
         self._max_queued_requests = max_queued_requests
         self._request_timeout_s = request_timeout_s
+        self._limits = KeyLimits(max_concurrent_per_key, max_queued_per_key)
         self._writer: asyncio.StreamWriter | None = None
 
     # -- requests, for the routes ------------------------------------------------------------------------------------
@@ -76,28 +80,47 @@ class EngineClient:
     def num_waiting(self) -> int:
         return len(self.generations) - self.num_running
 
-    def check_queue(self) -> None:
-        """Raises QueueFull where one more request would be one too many."""
+    def check_queue(self, num_more: int = 1, owner: str | None = None) -> None:
+        """Raises QueueFull where so many more sequences, of the API key `owner`, would be too many.
+
+        InvalidRequest where they would be on an idle server as well.
+        """
+        most = self._max_queued_requests + (self.ready.max_concurrent_requests if self.ready else 0)
+        most = self._limits.most(owner, most)
+        if num_more > most:
+            message = f"The request asks for {num_more} answers at once, and this server takes at most {most}."
+            raise InvalidRequest(message, param="n", code="integer_above_max_value")
         free = max(0, (self.ready.max_concurrent_requests if self.ready else 0) - self.num_running)
-        if self.num_waiting >= self._max_queued_requests + free:
+        mine = [generation for generation in self.generations.values() if generation.owner == owner]
+        running = sum(generation.is_running for generation in mine)
+        waiting = len(mine) - running
+        if not self._limits.has_room(owner, num_more, num_running=running, num_waiting=waiting, num_free=free):
+            raise QueueFull(
+                f"{waiting} requests of this API key are waiting already "
+                f"(MAX_QUEUED_REQUESTS_PER_KEY={self._limits.max_queued}). Try again later.",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        if self.num_waiting + num_more > self._max_queued_requests + free:
             raise QueueFull(
                 f"{self.num_waiting} requests are waiting already (MAX_QUEUED_REQUESTS={self._max_queued_requests}). "
                 "Try again later.",
                 retry_after_s=RETRY_AFTER_S,
             )
 
-    def submit(self, generation: Generation) -> None:
-        """Accept a request: from here on it is answered, whatever happens to the ring. Raises QueueFull."""
-        self.check_queue()
-        generation.accepted_at = generation.progressed_at = self.clock()
-        self.generations[generation.request_id] = generation
-        if self.serving_since is not None:
-            self._send(generation.submit_message())
+    def submit(self, *generations: Generation) -> None:
+        """Accept all of an answer's, or none (QueueFull): from here on they are answered, whatever the ring does."""
+        self.check_queue(len(generations), generations[0].owner)
+        for generation in generations:
+            generation.accepted_at = generation.progressed_at = self.clock()
+            self.generations[generation.request_id] = generation
+            if self._limits.enter(generation.owner, generation.request_id, generation.priority):
+                self._give(generation)
 
     def cancel(self, generation: Generation) -> None:
         """The client left, or needs no more tokens. Does nothing where the request has ended."""
-        if self.generations.pop(generation.request_id, None) is not None and self.serving_since is not None:
-            self._send(Cancel(generation.request_id))
+        if generation.request_id in self.generations:
+            self._take_back(generation)
+            self._forget(generation)
 
     # -- the ring, for the supervisor --------------------------------------------------------------------------------
 
@@ -117,12 +140,13 @@ class EngineClient:
         """The ring serves: everything that is unanswered goes to it, in the order it was accepted."""
         self.ready = ready
         now = self.clock()
-        self.serving_since = self.last_step_at = self.last_message_at = now
         for generation in list(self.generations.values()):
             if reason := generation.unreported_end():
                 self._take_output(SequenceOutput(generation.request_id, finish_reason=reason), now)
-            else:
-                self._send(generation.submit_message())
+        self.serving_since = self.last_step_at = self.last_message_at = now
+        for generation in self.generations.values():
+            if not self._limits.holds_back(generation.request_id):
+                self._give(generation)
 
     def suspend(self) -> None:
         """No ring serves any more; what was running waits for the next one."""
@@ -154,7 +178,7 @@ class EngineClient:
         for generation in list(self.generations.values()):
             if now - max(generation.progressed_at, self.serving_since) > self._request_timeout_s:
                 seconds = f"{self._request_timeout_s:g}"
-                self._send(Cancel(generation.request_id))
+                self._take_back(generation)
                 self._fail(generation, Stalled(f"The request made no progress for {seconds} s (REQUEST_TIMEOUT)."))
 
     def seconds_without_step(self) -> float:
@@ -225,11 +249,30 @@ class EngineClient:
             self.metrics.takes_tokens(generation, now)
         generation.take(output, now)
         if output.finish_reason is not None:
-            del self.generations[output.request_id]
+            self._forget(generation)
 
     def _fail(self, generation: Generation, error: ApiError) -> None:
-        del self.generations[generation.request_id]
+        self._forget(generation)
         generation.fail(error)
+
+    # -- what the ring is given --------------------------------------------------------------------------------------
+
+    def _give(self, generation: Generation) -> None:
+        """To the ring, where one serves; `serve` gives the others to the next one."""
+        if self.serving_since is not None:
+            self._send(generation.submit_message())
+
+    def _take_back(self, generation: Generation) -> None:
+        if self.serving_since is not None and not self._limits.holds_back(generation.request_id):
+            self._send(Cancel(generation.request_id))
+
+    def _forget(self, generation: Generation) -> None:
+        """It is over; whoever of the same key waits for its place has it now."""
+        del self.generations[generation.request_id]
+        successor = self._limits.leave(generation.owner, generation.request_id)
+        if successor is not None:
+            self.generations[successor].progressed_at = self.clock()
+            self._give(self.generations[successor])
 
     def _drop_ring(self) -> None:
         self.suspend()

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from api.errors import ApiError
-from server.protocol import SamplingParams, SequenceOutput, Submit
+from server.protocol import SamplingParams, SequenceOutput, Submit, TokenLogprobs
 
 
 @dataclass(eq=False)
@@ -26,8 +26,10 @@ class Generation:
     max_tokens_given: bool
     stop_token_ids: list[int]
     priority: int = 0
-    request_id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(16)}")
+    owner: str | None = None  # label of the API key that sent it
+    request_id: str = field(default_factory=lambda: secrets.token_hex(16))
     output_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's second token and so on
     accepted_at: float = 0.0
     progressed_at: float = 0.0
     started_at: float | None = None
@@ -76,6 +78,9 @@ class Generation:
                 self.first_token_at = now
             self.last_token_at = now
             self.output_token_ids += output.token_ids
+        if output.prompt_logprobs:  # over those that are there: a prompt is read again after a preemption
+            start = output.prompt_logprobs_start - 1
+            self.prompt_logprobs[start : start + len(output.prompt_logprobs)] = output.prompt_logprobs
         if output.token_ids or output.finish_reason is not None:
             self._outputs.put_nowait(output)
 

@@ -17,12 +17,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import EngineFailure, Unauthorized, error_response
+from api.errors import EngineFailure, Unauthorized, error_response_for
 from config.values import ApiKey
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = ("/health",)  # whose answer may depend on whether a key was shown
+# What /health answers depends on whether a key was shown; the description is what anybody can read in docs/api.md.
+OPEN_PATHS = ("/health", "/openapi.json", "/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css")
 _CLIENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -60,14 +61,17 @@ class ApiKeyCheck:
             await self.app(scope, receive, send)
             return
         is_open = scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
-        scheme, _, shown = Headers(scope=scope).get("authorization", "").partition(" ")
-        label = self._label(shown.strip()) if scheme.lower() == "bearer" else None
+        shown = _shown_keys(Headers(scope=scope))
+        label = next((label for key in shown if (label := self._label(key)) is not None), None)
         if label is None and not is_open:
             if not shown:
-                message = "You didn't provide an API key. Send it in the header 'Authorization: Bearer YOUR_KEY'."
+                message = (
+                    "You didn't provide an API key. Send it in the header 'Authorization: Bearer YOUR_KEY' "
+                    "or 'x-api-key: YOUR_KEY'."
+                )
             else:
                 message = "Incorrect API key provided."
-            await error_response(Unauthorized(message))(scope, receive, send)
+            await error_response_for(scope, Unauthorized(message))(scope, receive, send)
             return
         if label is not None:
             scope.setdefault("state", {})["api_key_label"] = label
@@ -78,6 +82,13 @@ class ApiKeyCheck:
         digest = _digest(shown)
         labels = [label for label, key in self._keys if hmac.compare_digest(digest, key)]
         return labels[0] if labels else None
+
+
+def _shown_keys(headers: Headers) -> list[str]:
+    """OpenAI's clients send a bearer token, Anthropic's that or `x-api-key`."""
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    shown = [bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+    return [key.strip() for key in shown if key.strip()]
 
 
 def _digest(key: str) -> bytes:
@@ -106,6 +117,5 @@ class ErrorBoundary:
             logger.exception("%s %s failed", scope["method"], scope["path"])
             if started:
                 raise  # uvicorn closes the connection, so the client sees that the answer is not whole
-            await error_response(EngineFailure("The server had an error while processing your request."))(
-                scope, receive, send
-            )
+            error = EngineFailure("The server had an error while processing your request.")
+            await error_response_for(scope, error)(scope, receive, send)

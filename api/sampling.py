@@ -10,26 +10,39 @@ import secrets
 from typing import TypeVar
 
 from api.errors import InvalidRequest
-from api.schemas import ChatCompletionRequest
+from api.schemas.base import SamplingFields
 from api.tokenizer import SamplingDefaults
 from config import Settings
 from server.protocol import SamplingParams
 
 T = TypeVar("T")
 
+SEED_BITS = 64
+
 
 def sampling_params(
-    request: ChatCompletionRequest, settings: Settings, model: SamplingDefaults, vocab_size: int
+    request: SamplingFields,
+    settings: Settings,
+    model: SamplingDefaults,
+    vocab_size: int,
+    *,
+    grammar: str | None = None,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """The parameters the ring samples with. A request that names no seed gets one here, so a replay draws the same.
 
-    Raises InvalidRequest for a logit_bias of a token that the model does not have.
+    Raises InvalidRequest for a logit_bias of a token that the model does not have, and where `ignore_eos` would keep
+    an answer from ending that a grammar ends.
     """
+    if grammar is not None and request.ignore_eos:
+        message = "'ignore_eos' cannot be used where the answer's form is enforced (response_format, tools)."
+        raise InvalidRequest(message, param="ignore_eos", code="invalid_value")
     top_p = _first(request.top_p, settings.default_top_p, model.top_p, 1.0)
     top_k = _first(request.top_k, model.top_k, 0)
     if top_p == 0:  # the smallest set of tokens there is, but samplers read 0 as "off"
         top_p, top_k = 1.0, 1
-    seed = secrets.randbits(63) if request.seed is None else request.seed % 2**64
+    seed = secrets.randbits(SEED_BITS - 1) if request.seed is None else request.seed % 2**SEED_BITS
     return SamplingParams(
         temperature=_first(request.temperature, settings.default_temperature, model.temperature, 1.0),
         top_p=top_p,
@@ -40,6 +53,10 @@ def sampling_params(
         frequency_penalty=_first(request.frequency_penalty, 0.0),
         logit_bias=_logit_bias(request.logit_bias or {}, vocab_size),
         seed=seed,
+        min_tokens=request.min_tokens or 0,
+        grammar=grammar,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

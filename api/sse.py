@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from api.errors import ApiError, error_object
-from api.schemas import Sent
+from api.schemas.base import Sent
 
 DONE = b"data: [DONE]\n\n"
 
@@ -21,6 +21,11 @@ DONE = b"data: [DONE]\n\n"
 def event(message: Sent) -> bytes:
     """One message; JSON has no line breaks of its own, so it is one `data:` line."""
     return b"data: " + message.to_json().encode() + b"\n\n"
+
+
+def named_event(name: str, message: Sent) -> bytes:
+    """One message under its name, for clients that tell events apart by it."""
+    return f"event: {name}\n".encode() + event(message)
 
 
 def error_event(error: ApiError) -> bytes:

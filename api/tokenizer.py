@@ -1,7 +1,7 @@
-"""The served model's tokenizer: from chat messages to prompt ids, and from sampled ids back to text.
+"""The served model's tokenizer and what else its folder says to the api: text to ids, and ids back to text.
 
-It is mlx-lm's own tokenizer and detokenizer with the model's chat template, so prompts are what mlx-lm would make. It
-loads no weights and evaluates no array. The supervisor loads it when a ring is ready; the routes call it in a thread.
+It is mlx-lm's own tokenizer and detokenizer, so prompts and answers are what mlx-lm would make. It loads no weights and
+evaluates no array. The supervisor loads it when a ring is ready; the routes call it in a thread.
 """
 
 from __future__ import annotations
@@ -9,25 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from llguidance import LLTokenizer
+from llguidance.hf import from_tokenizer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_config, load_tokenizer
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from api.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
-from api.schemas import AssistantMessage, DeveloperMessage, Message, ToolMessage
-from api.text import TextStream
+from api.chat_template import ChatTemplate
+from api.errors import ContextLengthExceeded
+from api.grammar import SpecialTokens
+from api.output_parser import Markers, OutputFormat, part_markers
+from api.output_reader import HiddenTokens, OutputReader
+from api.text import REPLACEMENT, TextStream
+from api.tool_format import ToolFormat, native_format
 
 logger = logging.getLogger(__name__)
-
-# What a template does with messages it was not written for, besides raising an error of its own.
-_TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -53,106 +55,137 @@ class ChatTokenizer:
         self.sampling_defaults = _sampling_defaults(path)
         self.stop_token_ids: list[int] = sorted(self._tokenizer.eos_token_ids)
         self.fingerprint = f"fp_{hashlib.sha256((path / 'config.json').read_bytes()).hexdigest()[:10]}"
-        if not self._tokenizer.has_chat_template:
+        self.template = ChatTemplate(self._tokenizer)
+        if not self.template.exists:
             logger.warning("%s has no chat template: chat requests will be refused", path)
 
-    def encode_chat(self, messages: Sequence[Message], max_tokens: int) -> list[int]:
-        """The prompt's ids: the messages in the model's chat template, and the start of the answer.
+    # -- text to ids -------------------------------------------------------------------------------------------------
 
-        Control tokens that the messages' text spells out are encoded as text. Raises InvalidRequest where the template
-        cannot render the messages, UnsupportedParameter where it has no place for a field of theirs, and
-        ContextLengthExceeded where the text is surely longer than `max_tokens`.
-        """
-        if not self._tokenizer.has_chat_template:
-            raise InvalidRequest("The served model has no chat template, so it cannot take messages.", param="messages")
-        self._check_size(messages, max_tokens)
-        self._check_tools(messages)
-        token_ids = self._render(messages)
-        self._check_names(messages, token_ids)
-        return token_ids
+    def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Text as it is, in no template. Control tokens that it spells out are control tokens."""
+        if self.beginning is not None and text.startswith(self.beginning[0]):
+            add_special_tokens = False  # as in mlx-lm: a beginning that is there is not put there twice
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def _render(self, messages: Sequence[Message]) -> list[int]:
-        # A tokenizer with a renderer of its own has no such switch; those build ids without parsing text.
-        options = {"sanitize_control_tokens": True} if self._renders_with_jinja else {}
-        try:
-            token_ids = self._tokenizer.apply_chat_template(
-                [self._for_template(message) for message in messages], add_generation_prompt=True, **options
-            )
-        except _TEMPLATE_ERRORS as error:
-            raise InvalidRequest(
-                f"The served model's chat template cannot render these messages: {error}",
-                param="messages",
-                code="invalid_messages",
-            ) from error
-        return list(token_ids)
+    @property
+    def beginning(self) -> tuple[str, int] | None:
+        """The token for the beginning of a text: how it is written, and its id."""
+        text, token_id = self._tokenizer.bos_token, self._tokenizer.bos_token_id
+        return None if text is None or token_id is None else (text, token_id)
 
-    def text_stream(self, stop: Sequence[str]) -> TextStream:
-        """For the answer to one request."""
-        return TextStream(self._tokenizer.detokenizer, stop, self._hidden_ids)
+    def is_surely_longer(self, text: str, max_tokens: int) -> bool:
+        """Whether `text` has more than `max_tokens` tokens, as far as its length alone tells."""
+        return len(text) > self.max_characters(max_tokens)
+
+    def max_characters(self, num_tokens: int) -> int:
+        """What so many tokens can surely not stand for more than; the factor is for those that shorten text first."""
+        return 4 * num_tokens * self._longest_token
+
+    # -- ids to text -------------------------------------------------------------------------------------------------
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a prompt's ids, control tokens included."""
+        return self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+
+    def token_text(self, token_id: int) -> tuple[str, list[int] | None]:
+        """A token's text and exact bytes, which may be a part of a character. A control token has no bytes."""
+        if token_id in self._added_tokens:
+            token = self._added_tokens[token_id]
+            return token.content, None if token_id in self._special_ids else list(token.content.encode())
+        if not 0 <= token_id < len(self._tokenizer):
+            return "", None
+        if self._byte_tokenizer is None:
+            text = self.decode([token_id])
+            return text, None if REPLACEMENT in text else list(text.encode())
+        data = self._byte_tokenizer.decode_bytes([token_id])
+        return data.decode("utf-8", "replace"), list(data)
+
+    def load_bytes(self) -> None:
+        """What `token_text` needs, a second of work for a large vocabulary: better done in a thread."""
+        _ = self._byte_tokenizer
+
+    def output_reader(self, output: OutputFormat, stop: Sequence[str]) -> OutputReader:
+        """For one choice of the answer to a request."""
+        in_markers = {token_id for marker in output.all_markers for token_id in self._encode_exactly(marker)}
+        markers = in_markers & self._special_ids
+        shows_special = bool(markers) or (output.tool_format is not None and not output.tool_format.is_json)
+        hidden = HiddenTokens(self._never_text, self._special_ids, markers)
+        text = TextStream(self._tokenizer.detokenizer)
+        if output.continues_text:
+            for token_id in self._encode_exactly("a"):  # no matter what: now a leading space is not dropped
+                text.add(token_id)
+        return OutputReader(text, output, stop, hidden, self._special_texts if shows_special else None)
+
+    # -- what the model can do ---------------------------------------------------------------------------------------
 
     @cached_property
-    def _hidden_ids(self) -> frozenset[int]:
-        """Tokens that are no text: special ones, and ids of a padded vocabulary that the tokenizer does not know."""
+    def native_tools(self) -> ToolFormat | None:
+        """The model's own format of calls, where its template has a place for tools and mlx-lm can read the calls."""
+        has_place = self.template.takes("tools") and self.template.names("tool_calls")
+        return native_format(self._tokenizer) if has_place else None
+
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """As grammars name them."""
+        return SpecialTokens.of(self._added_tokens, self.stop_token_ids)
+
+    @property
+    def thinking_markers(self) -> tuple[str, str] | None:
+        """What begins and what ends the model's reasoning."""
+        start, end = self._tokenizer.think_start, self._tokenizer.think_end
+        return (start, end) if self.template.can_think and start and end else None
+
+    def is_in_thinking(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends inside a block of reasoning."""
+        if self.thinking_markers is None:
+            return False
+        return self._tokenizer.rfind_think_start(prompt) > self._tokenizer.rfind_think_end(prompt)
+
+    def markers(self, tool_format: ToolFormat | None) -> Markers:
+        """The markers of an answer in which calls are written in this format."""
+        return part_markers(self._tokenizer, tool_format)
+
+    @property
+    def first_part(self) -> str | None:
+        """The part that every answer begins in, where the model has such a thing."""
+        return self._tokenizer.response_initial_state
+
+    # -- its tokens --------------------------------------------------------------------------------------------------
+
+    def _encode_exactly(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    @cached_property
+    def _added_tokens(self) -> dict[int, Any]:
+        return dict(getattr(self._tokenizer, "added_tokens_decoder", {}))
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = [token_id for token_id, token in self._added_tokens.items() if token.special]
+        return frozenset([*self._tokenizer.all_special_ids, *added])
+
+    @cached_property
+    def _special_texts(self) -> re.Pattern[str]:
+        texts = [self._added_tokens[token_id].content for token_id in self._special_ids & self._added_tokens.keys()]
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+    @cached_property
+    def _never_text(self) -> frozenset[int]:
+        """Ends of a turn, and ids of a padded vocabulary that the tokenizer does not know."""
         padding = range(len(self._tokenizer), len(self._tokenizer) + 4096)
-        return frozenset([*self._tokenizer.all_special_ids, *self.stop_token_ids, *padding])
+        return frozenset([*self.stop_token_ids, *padding])
 
     @cached_property
     def _longest_token(self) -> int:
         return max(len(token) for token in self._tokenizer.get_vocab())
 
-    @property
-    def _renders_with_jinja(self) -> bool:
-        renderer = getattr(type(self._tokenizer._tokenizer), "apply_chat_template", None)
-        return self._tokenizer._chat_template is None and renderer is PreTrainedTokenizerBase.apply_chat_template
-
-    def _check_size(self, messages: Sequence[Message], max_tokens: int) -> None:
-        """Refuses megabytes before they are tokenized. The factor is for tokenizers that shorten text first."""
-        if len(messages) > max_tokens:  # each is a token at least
-            raise context_length_exceeded(max_tokens, f"more than {len(messages)} tokens")
-        length = sum(len(message.text) for message in messages)
-        if length > 4 * max_tokens * self._longest_token:
-            raise context_length_exceeded(max_tokens, f"{length} characters")
-
-    def _check_tools(self, messages: Sequence[Message]) -> None:
-        if self._template_names("tool_calls"):  # such a template may know results by their order, without the id
-            return
-        for place, message in enumerate(messages):
-            if _tool_calls(message):
-                raise _no_place(f"messages[{place}].tool_calls")
-            if isinstance(message, ToolMessage) and not self._template_names("tool_call_id"):
-                raise _no_place(f"messages[{place}].tool_call_id")
-
-    def _check_names(self, messages: Sequence[Message], token_ids: list[int]) -> None:
-        """Templates use names of some roles, or of none; only the prompt without them tells."""
-        # The first message with a name of each role.
-        first_places = {message.role: place for place, message in reversed(list(enumerate(messages))) if message.name}
-        for role, place in first_places.items():
-            nameless = [
-                message.model_copy(update={"name": None}) if message.role == role else message for message in messages
-            ]
-            try:
-                is_used = self._render(nameless) != token_ids
-            except InvalidRequest:  # the template insists on names
-                is_used = True
-            if not is_used:
-                raise _no_place(f"messages[{place}].name")
-
-    def _template_names(self, word: str) -> bool:
-        """Whether the template's source names `word`; True where there is no source to look at."""
-        return not self._renders_with_jinja or word in str(self._tokenizer.chat_template)
-
-    def _for_template(self, message: Message) -> dict[str, Any]:
-        role: str = message.role
-        if isinstance(message, DeveloperMessage) and not self._template_names("developer"):
-            role = "system"
-        fields: dict[str, Any] = {"role": role, "content": message.text}
-        if message.name:
-            fields["name"] = message.name
-        if isinstance(message, ToolMessage):
-            fields["tool_call_id"] = message.tool_call_id
-        if calls := _tool_calls(message):
-            fields["tool_calls"] = calls
-        return fields
+    @cached_property
+    def _byte_tokenizer(self) -> LLTokenizer | None:
+        """Knows each token's bytes, of byte-level and byte-fallback vocabularies; None for tokenizers in Python."""
+        try:
+            return from_tokenizer(self._tokenizer._tokenizer, slices=[])
+        except ValueError:
+            return None
 
 
 def context_length_exceeded(max_tokens: int, resulted_in: str) -> ContextLengthExceeded:
@@ -162,25 +195,6 @@ def context_length_exceeded(max_tokens: int, resulted_in: str) -> ContextLengthE
         f"{resulted_in}. Please reduce the length of the messages.",
         param="messages",
     )
-
-
-def _no_place(name: str) -> UnsupportedParameter:
-    return UnsupportedParameter(f"The served model's chat template has no place for '{name}'.", param=name)
-
-
-def _tool_calls(message: Message) -> list[dict[str, Any]]:
-    """The calls as chat templates expect them: arguments as an object."""
-    if not isinstance(message, AssistantMessage):
-        return []
-    calls = []
-    for call in message.tool_calls or []:
-        try:
-            arguments = json.loads(call.function.arguments)
-        except ValueError:
-            arguments = call.function.arguments  # a model may write what is no JSON; the template sees the text
-        function = {"name": call.function.name, "arguments": arguments}
-        calls.append({"id": call.id, "type": call.type, "function": function})
-    return calls
 
 
 def _sampling_defaults(path: Path) -> SamplingDefaults:

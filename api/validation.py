@@ -36,6 +36,7 @@ _EXPECTED = {
     "model_type": "an object",
     "model_attributes_type": "an object",
     "content_type": "a string or an array of content parts",
+    "prompt_type": "a string, or an array of strings, of token ids, or of arrays of token ids",
 }
 _BOUNDS = {
     "greater_than_equal": ("below_min_value", "below minimum value. Expected a value >=", "ge"),
@@ -118,7 +119,7 @@ def _as_api_error(body: dict[str, Any], finding: ErrorDetails) -> ApiError:
 
 
 def _invalid_value(name: str, value: Any, expected: str) -> InvalidRequest:
-    message = f"Invalid value: {_short(value)}. Supported values are: {expected}."
+    message = f"Invalid value for '{name}': {_short(value)}. Supported values are: {expected}."
     return InvalidRequest(message, param=name, code="invalid_value")
 
 
@@ -155,8 +156,12 @@ def _path(body: Any, location: Sequence[str | int], *, missing: bool = False) ->
             path.append(step)
             value = value[step] if step < len(value) else None
         elif isinstance(step, str) and isinstance(value, dict) and (step in value or (missing and last)):
+            following, child = None if last else location[place + 1], value.get(step)
+            names_member = following in value and not (isinstance(child, dict) and following in child)
+            if names_member and not (missing and place == len(location) - 2):
+                continue  # a union's member that is called as one of its fields is: {"type": "text", "text": …}
             path.append(step)
-            value = value.get(step)
+            value = child
     return tuple(path)
 
 

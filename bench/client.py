@@ -31,6 +31,7 @@ class Target:
 class Request:
     messages: Messages
     max_tokens: int
+    response_format: dict[str, Any] | None = None
 
 
 @dataclass
@@ -81,6 +82,8 @@ async def ask(http: httpx.AsyncClient, target: Target, request: Request, answer:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    if request.response_format is not None:
+        body["response_format"] = request.response_format
     if target.banned_token_ids:
         body["logit_bias"] = {str(token_id): -100 for token_id in target.banned_token_ids}
     answer.started = time.perf_counter()

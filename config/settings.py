@@ -62,6 +62,8 @@ class Settings(BaseSettings):
     default_temperature: v.Temperature = None
     default_top_p: v.TopP = None
     unknown_fields: v.UnknownFields = "reject"
+    responses_store_max: v.CountOrZero = 1000
+    responses_store_max_bytes: v.Size = 256 * 1024 * 1024
     # times
     request_timeout: v.Seconds = 120.0
     start_timeout: v.Seconds = 600.0
@@ -72,6 +74,8 @@ class Settings(BaseSettings):
     api_host: v.Host = "127.0.0.1"
     api_port: v.Port = 8100
     api_keys: v.ApiKeys = ()
+    max_concurrent_requests_per_key: v.OptionalCount = None
+    max_queued_requests_per_key: v.OptionalCountOrZero = None
     cors_allow_origins: v.Origins = ("*",)
     # the logs
     log_level: v.LogLevel = "INFO"

@@ -124,6 +124,7 @@ _Positive = Annotated[int, Field(ge=1), BeforeValidator(_not_bool)]
 Count = Annotated[_Positive, Expects("a whole number, 1 or more")]
 CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(_not_bool), Expects("a whole number, 0 or more")]
 OptionalCount = Annotated[_Positive | None, Expects("a whole number, 1 or more, or nothing")]
+OptionalCountOrZero = Annotated[CountOrZero | None, Expects("a whole number, 0 or more, or nothing")]
 AutoCount = Annotated[_Positive | None, _word("auto", None), Expects("a whole number, 1 or more, or auto")]
 CacheBits = Annotated[
     Annotated[Literal[8, 4], BeforeValidator(_whole), BeforeValidator(_not_bool)] | None,

@@ -34,7 +34,8 @@ WITHOUT_MLX = [
     "distributed.layer_times",
     "distributed.frames",
     "distributed.control",
-    "api.schemas",
+    "api.schemas.chat",
+    "api.deltas",
     "api.cli.__main__",
 ]
 

@@ -1,6 +1,7 @@
 """GET /v1/models and /v1/models/{id}: the one model that is served.
 
-It says what is configured, whether the ring is ready or not; /health says whether it is.
+Its name is what is configured, whether the ring is ready or not; how long its context is and what it can do is said
+once a ring is ready. /health says whether one is.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.schemas import Model, ModelList, Sent
+from api.schemas.base import Sent
+from api.schemas.models import Capabilities, Model, ModelList
 from api.service import Service, service_of
 
 router = APIRouter()
@@ -29,8 +31,35 @@ async def retrieve_model(request: Request, model: str) -> Response:
 
 
 def _model(service: Service) -> Model:
-    name = service.settings.model_name
-    return Model(id=name, object="model", created=int(service.started_at), owned_by="mlx-ring-server")
+    is_ready = service.supervisor.state == "ready"
+    ready = service.engine.ready if is_ready else None
+    context_length = ready.max_sequence_length if ready else None
+    return Model(
+        id=service.settings.model_name,
+        object="model",
+        created=int(service.started_at),
+        owned_by="mlx-ring-server",
+        context_length=context_length,
+        max_model_len=context_length,
+        capabilities=_capabilities(service) if is_ready else None,
+    )
+
+
+def _capabilities(service: Service) -> Capabilities | None:
+    tokenizer = service.supervisor.tokenizer
+    if tokenizer is None:
+        return None
+    can_chat = tokenizer.template.exists
+    return Capabilities(
+        chat=can_chat,
+        completions=True,
+        tools=can_chat,  # whose template has no place for tools is told of them by a text
+        structured_output=can_chat,
+        reasoning=can_chat and tokenizer.thinking_markers is not None,
+        vision=False,
+        audio=False,
+        embeddings=False,
+    )
 
 
 def _json(message: Sent) -> Response:

@@ -73,6 +73,8 @@ async def served(folder: Path, model: Path, ready: dict[str, Any] | None = None,
         settings.for_ranks(),
         max_queued_requests=settings.max_queued_requests,
         request_timeout_s=settings.request_timeout,
+        max_concurrent_per_key=settings.max_concurrent_requests_per_key,
+        max_queued_per_key=settings.max_queued_requests_per_key,
     )
     supervisor = Supervisor(settings, client, "test")
     tokenizer = _tokenizer(model)

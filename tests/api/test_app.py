@@ -30,7 +30,6 @@ def assert_openai_error(response: httpx.Response, status: int, code: str | None 
         ("GET", "/", 404, "unknown_url"),
         ("POST", "/v1/embeddings", 404, "unknown_url"),
         ("GET", "/v1/chat/completions/", 404, "unknown_url"),
-        ("GET", "/docs", 404, "unknown_url"),
         ("GET", COMPLETIONS, 405, "method_not_supported"),
         ("DELETE", "/v1/models/tiny", 405, "method_not_supported"),
         ("GET", "/v1/models/other", 404, "model_not_found"),

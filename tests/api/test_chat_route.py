@@ -339,7 +339,7 @@ def test_the_settings_limit_prompts_and_answers(tmp_path: Path, tiny_chat_model:
         ({"messages": []}, 400, "empty_array"),
         ({"temperature": "hot"}, 400, "invalid_type"),
         ({"frobnicate": 1}, 400, "unknown_parameter"),
-        ({"n": 2}, 400, "unsupported_parameter"),
+        ({"store": True}, 400, "unsupported_parameter"),
         ({"logit_bias": {"512": 1}}, 400, "invalid_value"),
         ({"messages": [BODY["messages"][0], {"role": "system", "content": "late"}]}, 400, "invalid_messages"),
     ],

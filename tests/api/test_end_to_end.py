@@ -64,6 +64,29 @@ def test_the_answer_is_the_same_on_every_ring_and_streamed_or_not(server: Runnin
     assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
 
 
+def test_choices_of_one_prompt_read_it_once(server: RunningServer):
+    messages: Any = [{"role": "user", "content": "one two three four five six seven eight nine ten " * 12}]
+
+    def counts() -> dict[str, int]:
+        return server.wait_until(lambda health: health.get("prefix_cache"), "counting")["prefix_cache"]
+
+    before = counts()
+    answer = ask(server, messages, n=4, seed=3, temperature=1)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert len({choice.message.content for choice in answer.choices}) == 4
+    alone = ask(server, messages, seed=5, temperature=1)
+    assert text_of(alone) == answer.choices[2].message.content, "a choice's seed is the request's and its index"
+    num_prompt = answer.usage.prompt_tokens
+    assert num_prompt > 128
+
+    def is_read_once(health: dict[str, Any]) -> bool:
+        now = health["prefix_cache"]
+        computed = now["prompt_tokens"] - before["prompt_tokens"] - (now["cached_tokens"] - before["cached_tokens"])
+        return now["prompt_tokens"] - before["prompt_tokens"] == 5 * num_prompt and computed < 1.2 * num_prompt
+
+    server.wait_until(is_read_once, "read once", timeout_s=10)
+
+
 def test_many_at_once_get_what_each_gets_alone(server: RunningServer):
     prompts: list[Any] = [[{"role": "user", "content": "one two three " * length}] for length in range(1, 9)]
     alone = [text_of(ask(server, prompt)) for prompt in prompts]
@@ -146,7 +169,7 @@ def test_the_sdk_finds_the_model(sdk: OpenAI, server: RunningServer):
         ({"max_tokens": 4000}, "context_length_exceeded"),
         ({"logit_bias": {"512": 1}}, "invalid_value"),
         ({"temperature": 5}, "decimal_above_max_value"),
-        ({"n": 3}, "unsupported_parameter"),
+        ({"store": True}, "unsupported_parameter"),
         ({"extra_body": {"frobnicate": True}}, "unknown_parameter"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 
 from api.errors import InvalidRequest
 from api.sampling import sampling_params
-from api.schemas import ChatCompletionRequest
+from api.schemas.chat import ChatCompletionRequest
 from api.tokenizer import SamplingDefaults
 from config import Settings
 from server.protocol import SamplingParams

@@ -6,16 +6,20 @@ from typing import Any
 import pytest
 
 from api.errors import Stalled
-from api.schemas import Model
+from api.schemas.base import Sent
 from api.sse import EventStream, error_event, event
 
 
+class Said(Sent):
+    text: str
+
+
 def test_an_event_is_one_data_line_and_a_blank_one():
-    encoded = event(Model(id="line\nbreak ü", object="model", created=1, owned_by="us"))
+    encoded = event(Said(text="line\nbreak ü"))
     assert encoded.startswith(b"data: {")
     assert encoded.endswith(b"}\n\n")
     assert encoded.count(b"\n") == 2
-    assert json.loads(encoded.removeprefix(b"data: "))["id"] == "line\nbreak ü"
+    assert json.loads(encoded.removeprefix(b"data: "))["text"] == "line\nbreak ü"
 
 
 def test_an_error_in_a_stream_is_openai_s_error_object():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper, load
 
-from api.text import StopStrings, TextStream
+from api.text import Finder, TextStream
 
 
 @pytest.fixture(scope="module")
@@ -14,8 +14,8 @@ def tokenizer(tiny_chat_model: Path) -> TokenizerWrapper:
     return load(tiny_chat_model)
 
 
-def stream_of(tokenizer: TokenizerWrapper, *stop: str) -> TextStream:
-    return TextStream(tokenizer.detokenizer, stop, frozenset(tokenizer.all_special_ids))
+def stream_of(tokenizer: TokenizerWrapper) -> TextStream:
+    return TextStream(tokenizer.detokenizer)
 
 
 def ids_of(tokenizer: TokenizerWrapper, text: str) -> list[int]:
@@ -27,61 +27,37 @@ def ids_of(tokenizer: TokenizerWrapper, text: str) -> list[int]:
 )
 def test_text_comes_out_of_the_ids_as_it_went_in(tokenizer: TokenizerWrapper, text: str):
     stream = stream_of(tokenizer)
-    assert "".join(stream.add([token_id]) for token_id in ids_of(tokenizer, text)) + stream.finish() == text
+    assert "".join(stream.add(token_id) for token_id in ids_of(tokenizer, text)) + stream.finish() == text
 
 
 def test_a_character_of_several_tokens_is_never_shown_in_halves(tokenizer: TokenizerWrapper):
     ids = ids_of(tokenizer, "🦊")
     assert len(ids) > 1
     stream = stream_of(tokenizer)
-    assert [stream.add([token_id]) for token_id in ids] == [""] * (len(ids) - 1) + ["🦊"]
+    assert [stream.add(token_id) for token_id in ids] == [""] * (len(ids) - 1) + ["🦊"]
 
 
 def test_a_character_that_never_became_whole_is_left_out(tokenizer: TokenizerWrapper):
     ids = ids_of(tokenizer, "ok 🦊")
     stream = stream_of(tokenizer)
-    assert stream.add(ids[:-1]) + stream.finish() == "ok "
+    assert "".join(map(stream.add, ids[:-1])) + stream.finish() == "ok "
 
 
-def test_special_tokens_are_no_text(tokenizer: TokenizerWrapper):
-    stream = stream_of(tokenizer)
-    ids = [*ids_of(tokenizer, "one"), tokenizer.eos_token_id, *ids_of(tokenizer, " two")]
-    assert stream.add(ids) + stream.finish() == "one two"
-    assert stream.num_tokens == len(ids)
+def test_text_is_held_back_only_while_it_may_begin_a_string():
+    finder = Finder(["\n\nUser:"])
+    assert finder.add("a\n") == "a"
+    assert finder.add("\nUs") == ""
+    assert finder.add("age") == "\n\nUsage"
+    assert finder.add("\n\n") == ""
+    assert finder.rest() == "\n\n"
 
 
-def test_nothing_after_a_stop_string_is_taken_or_counted(tokenizer: TokenizerWrapper):
-    before, after = ids_of(tokenizer, "one two STOP"), ids_of(tokenizer, " three")
-    stream = stream_of(tokenizer, "STOP")
-    assert stream.add([*before, *after]) == "one two "
-    assert stream.stopped
-    assert stream.num_tokens == len(before)
-    assert stream.finish() == ""
-
-
-def test_a_stop_string_is_found_across_the_borders_of_tokens(tokenizer: TokenizerWrapper):
-    ids = ids_of(tokenizer, "question: fox? answer")
-    stream = stream_of(tokenizer, "x? an")
-    pieces = [stream.add([token_id]) for token_id in ids]
-    assert "".join(pieces) == "question: fo"
-    assert stream.stopped
-
-
-def test_text_is_held_back_only_while_it_may_begin_a_stop_string():
-    stop = StopStrings(["\n\nUser:"])
-    assert stop.add("a\n") == "a"
-    assert stop.add("\nUs") == ""
-    assert stop.add("age") == "\n\nUsage"
-    assert stop.add("\n\n") == ""
-    assert stop.rest() == "\n\n"
-
-
-def test_the_first_of_several_stop_strings_ends_the_text():
-    stop = StopStrings(["zebra", "bc", "abc", "abcz"])
-    assert stop.add("xxabczebra") == "xx"
-    assert stop.found
-    assert stop.add("more") == ""
-    assert stop.rest() == ""
+def test_the_first_of_several_strings_is_found():
+    finder = Finder(["zebra", "bc", "abc", "abcz"])
+    assert finder.add("xxabczebra") == "xx"
+    assert finder.found == "abc"
+    assert finder.add(" more") == ""
+    assert finder.rest() == "zebra more"
 
 
 @given(
@@ -91,8 +67,12 @@ def test_the_first_of_several_stop_strings_ends_the_text():
 )
 def test_where_the_text_is_cut_never_matters(text: str, strings: list[str], cuts: list[int]):
     borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    stop = StopStrings(strings)
-    shown = "".join(stop.add(text[start:end]) for start, end in pairwise(borders)) + stop.rest()
-    matches = [(text.find(string) + len(string), text.find(string)) for string in strings if string in text]
-    assert stop.found == bool(matches)
-    assert shown == (text[: min(matches)[1]] if matches else text)
+    finder = Finder(strings)
+    before = "".join(finder.add(text[start:end]) for start, end in pairwise(borders))
+    rest = finder.rest()
+    matches = [(text.find(string) + len(string), text.find(string), string) for string in strings if string in text]
+    if matches:
+        end, start, found = min(matches)
+        assert (before, finder.found, rest) == (text[:start], found, text[end:])
+    else:
+        assert (before + rest, finder.found) == (text, None)

@@ -7,10 +7,11 @@ import pytest
 
 from api import validation
 from api.errors import ApiError, InvalidRequest, UnknownParameter, UnsupportedParameter, error_object
-from api.schemas import AssistantMessage, ChatCompletionRequest
+from api.schemas.chat import AssistantMessage, ChatCompletionRequest
 from api.validation import parse_request, validate
 
 USER = {"role": "user", "content": "hi"}
+TOOL = {"type": "function", "function": {"name": "f"}}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
@@ -69,22 +70,12 @@ def test_a_default_spelt_out_is_fine(field: str, value: Any):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("n", True),  # equal to 1 in Python
-        ("logprobs", True),
-        ("top_logprobs", 3),
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
         ("function_call", {"name": "f"}),
-        ("response_format", {"type": "json_object"}),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "alloy", "format": "wav"}),
-        ("prediction", {"type": "content", "content": "x"}),
-        ("prompt_cache_key", "k"),
         ("prompt_cache_options", {"mode": "implicit"}),
         ("prompt_cache_retention", "24h"),
-        ("reasoning_effort", "high"),
         ("verbosity", "low"),
         ("service_tier", "priority"),
         ("store", True),
@@ -141,6 +132,27 @@ def test_a_documented_field_that_is_not_done_is_named(field: str, value: Any):
         ({"user": 5}, "invalid_type", "user"),
         ({"metadata": {"a": 5}}, "invalid_type", "metadata.a"),
         ({"metadata": {str(n): "" for n in range(17)}}, "object_above_max_length", "metadata"),
+        ({"n": 0}, "integer_below_min_value", "n"),
+        ({"n": 129}, "integer_above_max_value", "n"),
+        ({"n": True}, "invalid_type", "n"),  # equal to 1 in Python
+        ({"logprobs": 1}, "invalid_type", "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "integer_above_max_value", "top_logprobs"),
+        ({"top_logprobs": 2}, "invalid_value", "top_logprobs"),
+        ({"min_tokens": -1}, "integer_below_min_value", "min_tokens"),
+        ({"response_format": {"type": "xml"}}, "invalid_value", "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "missing_required_parameter", "response_format.json_schema"),
+        ({"tools": [{"type": "custom"}]}, "invalid_value", "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "invalid_value", "tools[0].function.name"),
+        ({"tools": [TOOL, TOOL]}, "invalid_value", "tools"),
+        ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "any"}, "invalid_value", "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": 1}, "invalid_value", "tool_choice"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "invalid_value",
+            "tool_choice",
+        ),
+        ({"reasoning_effort": "extreme"}, "invalid_value", "reasoning_effort"),
     ],
 )
 def test_a_wrong_value_is_a_400_that_names_its_field(fields: dict[str, Any], code: str | None, param: str):

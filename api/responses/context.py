@@ -1,0 +1,99 @@
+"""What a response is made from: the conversation before it, as it is stored, and the request's own items.
+
+It finds what a request refers to and says which field of the request an item came from. It makes no prompt: that is
+`api.responses.translation`. Called by the routes of /v1/responses.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from pydantic import TypeAdapter
+
+from api.errors import InvalidRequest
+from api.response_store import ResponseStore, StoredItem
+from api.schemas.response_items import (
+    AssistantMessage,
+    FunctionCall,
+    FunctionCallOutput,
+    InputMessage,
+    Item,
+    ItemReference,
+    Reasoning,
+)
+from api.schemas.responses import ContextFields
+
+AnyItem = InputMessage | AssistantMessage | FunctionCall | FunctionCallOutput | Reasoning
+
+_stored: TypeAdapter[AnyItem] = TypeAdapter(Item)
+_ID_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+
+
+@dataclass(frozen=True)
+class ContextItem:
+    """`source`: the field of the request it came from, as errors name it."""
+
+    item: AnyItem
+    source: str
+    stored: StoredItem
+
+    @property
+    def begins_a_turn(self) -> bool:
+        return isinstance(self.item, InputMessage) and self.item.role == "user"
+
+    @property
+    def instructs(self) -> bool:
+        return isinstance(self.item, InputMessage) and self.item.role != "user"
+
+
+async def context_of(request: ContextFields, store: ResponseStore, owner: str | None) -> list[ContextItem]:
+    """The items of the conversation so far, then the request's. Raises InvalidRequest for what is not there."""
+    items: list[ContextItem] = []
+    if request.previous_response_id is not None:
+        earlier = await store.items(owner, request.previous_response_id, with_output=True)
+        if earlier is None:
+            raise InvalidRequest(
+                f"Previous response with id '{request.previous_response_id}' not found.",
+                param="previous_response_id",
+                code="previous_response_not_found",
+            )
+        items = [_read(stored, "previous_response_id") for stored in earlier]
+    for place, item in enumerate(request.items):
+        source = "input" if isinstance(request.input, str) else f"input[{place}]"
+        if isinstance(item, ItemReference):
+            stored = await store.item(owner, item.id)
+            if stored is None:
+                message = f"Item with id '{item.id}' not found."
+                raise InvalidRequest(message, param=f"{source}.id", code="item_not_found")
+            items.append(_read(stored, source))
+        else:
+            items.append(ContextItem(item, source, _to_store(item)))
+    if not items:
+        raise InvalidRequest("Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
+    return items
+
+
+def from_turn(items: Sequence[ContextItem], start: int) -> list[ContextItem]:
+    """The context without what was said before `start`; what instructs the model stays."""
+    return [item for item in items[:start] if item.instructs] + list(items[start:])
+
+
+def _read(stored: StoredItem, source: str) -> ContextItem:
+    return ContextItem(_stored.validate_json(stored.body), source, stored)
+
+
+def _to_store(item: AnyItem) -> StoredItem:
+    """As OpenAI lists input items: with an id, a status, and content as parts."""
+    form: dict[str, Any] = item.model_dump(mode="json", by_alias=True, exclude_none=True)
+    form.setdefault("id", f"{_ID_PREFIXES[item.type]}_{secrets.token_hex(24)}")
+    form.setdefault("status", "completed")
+    if isinstance(form.get("content"), str):
+        if isinstance(item, AssistantMessage):
+            form["content"] = [{"type": "output_text", "text": form["content"], "annotations": []}]
+        else:
+            form["content"] = [{"type": "input_text", "text": form["content"]}]
+    return StoredItem(cast(str, form["id"]), json.dumps(form, ensure_ascii=False))
