@@ -52,9 +52,12 @@ class Choice:
         num_read = self.num_tokens - num_before
         drawn = zip(output.token_ids[:num_read], output.logprobs, strict=False)  # no logprobs where none are wanted
         tokens = [DrawnToken(token_id, logprobs) for token_id, logprobs in drawn]
-        if output.finish_reason is not None or self.reader.stopped:
+        stopped = self.reader.stopped
+        if output.finish_reason is not None or stopped:
             deltas = [*deltas, *self.reader.finish()]
-            self.finish_reason = self._finish_reason(output.finish_reason)
+            # A call that is complete only because there are no more tokens did not stop the answer.
+            stopped = stopped or self.reader.stop_found is not None
+            self.finish_reason = self._finish_reason("stop" if stopped else output.finish_reason)
         for delta in deltas:
             self._gather(delta)
         self.deltas += deltas
@@ -62,8 +65,7 @@ class Choice:
         return Step(deltas, tokens, self.finish_reason)
 
     def _finish_reason(self, ended: str | None) -> FinishReason:
-        reason = "stop" if self.reader.stopped else cast(FinishReason, ended)
-        return "tool_calls" if reason == "stop" and self.reader.has_tool_calls else reason
+        return "tool_calls" if ended == "stop" and self.reader.has_tool_calls else cast(FinishReason, ended)
 
     def _gather(self, delta: Delta) -> None:
         match delta:

@@ -24,6 +24,7 @@ from api.routes import chat, completions, docs, health, messages, metrics, model
 from api.service import Service
 from api.supervisor import Supervisor
 from config import Settings
+from config.logging import printable
 from distributed.launch import run_dir
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     status = http_status(error)
     level = logging.WARNING if status >= 500 else logging.INFO
-    logger.log(level, "%s %s: %d %s", request.method, request.url.path, status, error.message)
+    path, message = printable(request.url.path), printable(error.message)
+    logger.log(level, "%s %s: %d %s", request.method, path, status, message)
     return error_response_for(request.scope, error)
 
 

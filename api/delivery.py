@@ -18,11 +18,12 @@ from starlette.responses import Response
 from api import sse
 from api.answer import Answer
 from api.body import read_json_body
-from api.caller import Caller
+from api.caller import MAX_LOGGED, Caller
 from api.errors import ApiError, http_status
 from api.schemas.base import Received, Sent
 from api.service import Service
 from api.validation import parse_request
+from config.logging import printable
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,9 @@ async def receive(request: Request, schema: type[Schema], service: Service) -> t
     parsed, ignored = await parse_request(schema, body, service.settings.unknown_fields)
     headers = {}
     if ignored:
-        logger.warning("%s: ignored unknown fields: %s", request.url.path, ", ".join(ignored))
-        headers["x-ignored-fields"] = ", ".join(ignored).encode("ascii", "backslashreplace").decode()
+        names = ", ".join(printable(name, MAX_LOGGED) for name in ignored)
+        logger.warning("%s: ignored unknown fields: %s", request.url.path, names)
+        headers["x-ignored-fields"] = names.encode("ascii", "backslashreplace").decode()
     return parsed, headers
 
 

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import EngineFailure, Unauthorized, error_response_for
+from config.logging import printable
 from config.values import ApiKey
 
 logger = logging.getLogger(__name__)
@@ -112,9 +113,9 @@ class ErrorBoundary:
         try:
             await self.app(scope, receive, watched_send)
         except ClientDisconnect:
-            logger.info("%s %s: the client left", scope["method"], scope["path"])
+            logger.info("%s %s: the client left", scope["method"], printable(scope["path"]))
         except Exception:  # the outermost frame of a request
-            logger.exception("%s %s failed", scope["method"], scope["path"])
+            logger.exception("%s %s failed", scope["method"], printable(scope["path"]))
             if started:
                 raise  # uvicorn closes the connection, so the client sees that the answer is not whole
             error = EngineFailure("The server had an error while processing your request.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
@@ -52,6 +52,8 @@ _OF_A_BODY = (InvalidRequest, ModelNotFound, BodyTimeout, BodyTooLarge, Unsuppor
 _OF_AN_ANSWER = (*_OF_A_BODY, QueueFull, EngineFailure, NotReady, Stalled)
 _OF_STORED = (InvalidRequest, ResponseNotFound, StoreFailure)
 
+_HELLO = [{"role": "user", "content": "Hello"}]
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -69,6 +71,7 @@ class Operation:
     statuses: tuple[int, ...] = (200,)  # of the answer
     needs_key: bool = True
     query: Any = None
+    example: dict[str, Any] = field(default_factory=dict)  # a request's body, beside the model
 
     @property
     def is_anthropic(self) -> bool:
@@ -79,19 +82,21 @@ class Operation:
 OPERATIONS = (
     Operation(
         "post", "/v1/chat/completions", "create_chat_completion", "The answer to a chat, whole or as a stream",
-        ChatCompletionRequest, ChatCompletion, ChatCompletionChunk, _OF_AN_ANSWER,
+        ChatCompletionRequest, ChatCompletion, ChatCompletionChunk, _OF_AN_ANSWER, example={"messages": _HELLO},
     ),
     Operation(
         "post", "/v1/completions", "create_completion", "The texts that follow raw prompts, whole or as a stream",
-        CompletionRequest, Completion, Completion, _OF_AN_ANSWER,
+        CompletionRequest, Completion, Completion, _OF_AN_ANSWER, example={"prompt": "Once upon a time"},
     ),
     Operation(
         "post", "/v1/responses", "create_response", "The response to an input, whole or as a stream",
         ResponseRequest, response_answer.Response, response_answer.StreamEvent, (*_OF_AN_ANSWER, StoreFailure),
+        example={"input": "Hello"},
     ),
     Operation(
         "post", "/v1/responses/input_tokens", "count_input_tokens", "How many tokens an input is",
         InputTokensRequest, response_answer.InputTokens, errors=(*_OF_A_BODY, StoreFailure, NotReady),
+        example={"input": "Hello"},
     ),
     Operation(
         "get", "/v1/responses/{response_id}", "retrieve_response", "A stored response", query=RetrieveQuery,
@@ -112,10 +117,11 @@ OPERATIONS = (
     Operation(
         "post", "/v1/messages", "create_message", "Anthropic's API: the message that follows, whole or as a stream",
         MessagesRequest, anthropic_answer.Message, anthropic_answer.StreamEvent, _OF_AN_ANSWER,
+        example={"max_tokens": 100, "messages": _HELLO},
     ),
     Operation(
         "post", "/v1/messages/count_tokens", "count_tokens", "Anthropic's API: how many tokens a request is",
-        CountTokensRequest, anthropic_answer.TokenCount, errors=(*_OF_A_BODY, NotReady),
+        CountTokensRequest, anthropic_answer.TokenCount, errors=(*_OF_A_BODY, NotReady), example={"messages": _HELLO},
     ),
     Operation("get", "/v1/models", "list_models", "The one model that is served", answer=ModelList),
     Operation(
@@ -123,11 +129,11 @@ OPERATIONS = (
     ),
     Operation(
         "post", "/tokenize", "tokenize", "A text or a chat as token ids",
-        TokenizeRequest, TokenizeResponse, errors=(*_OF_A_BODY, NotReady),
+        TokenizeRequest, TokenizeResponse, errors=(*_OF_A_BODY, NotReady), example={"prompt": "Hello"},
     ),
     Operation(
         "post", "/detokenize", "detokenize", "Token ids as text",
-        DetokenizeRequest, DetokenizeResponse, errors=(*_OF_A_BODY, NotReady),
+        DetokenizeRequest, DetokenizeResponse, errors=(*_OF_A_BODY, NotReady), example={"tokens": [1, 2]},
     ),
     Operation(
         "get", "/health", "health", "Whether requests are served, and what the ring is doing", answer=dict[str, Any],
@@ -144,12 +150,15 @@ class _Schemas(GenerateJsonSchema):
 
 
 @cache
-def document(has_keys: bool) -> dict[str, Any]:
-    """The whole description; `has_keys`: whether this server has API_KEYS."""
+def document(model: str, has_keys: bool) -> dict[str, Any]:
+    """The whole description. `model`: the name of the served one; `has_keys`: whether this server has API_KEYS."""
     schemas, definitions = _json_schemas()
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:
-        paths.setdefault(operation.path, {})[operation.method] = _described(operation, schemas, has_keys)
+        described = paths.setdefault(operation.path, {})[operation.method] = _described(operation, schemas, has_keys)
+        if operation.request is not None:
+            body = {"schema": schemas[operation.name, "request"], "example": {"model": model, **operation.example}}
+            described["requestBody"] = {"required": True, "content": {"application/json": body}}
     components: dict[str, Any] = {"schemas": definitions}
     if has_keys:
         components["securitySchemes"] = {
@@ -199,8 +208,6 @@ def _described(operation: Operation, schemas: Mapping[tuple[str, str], Any], has
         "tags": [operation.path.split("/")[2] if operation.path.startswith("/v1/") else "server"],
         "responses": responses,
     }
-    if operation.request is not None:
-        described["requestBody"] = {"required": True, "content": content("request")}
     in_path = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in re.findall(r"{(\w+)}", operation.path)

@@ -96,6 +96,12 @@ class ServerLog(RotatingFileHandler):
         print(self.format(record), file=sys.stderr, flush=True)
 
 
+def printable(text: str, limit: int = 500) -> str:
+    """Text of others as a line of the log may hold it: no longer than that, and nothing in it that ends the line."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return shown if len(text) <= limit else f"{shown}…"
+
+
 def setup_api_logging(settings: Settings, log_file: Path, *, to_stderr: bool = False) -> None:
     """Sends every record of this process to `log_file` (rotated) in the user's format, and to stderr too if asked.
 

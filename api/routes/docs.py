@@ -24,7 +24,8 @@ _SWAGGER_UI = Path(str(files("fastapi_offline"))) / "static"
 
 @router.api_route("/openapi.json", methods=["GET", "HEAD"])
 async def openapi_document(request: Request) -> Response:
-    return JSONResponse(document(bool(service_of(request).settings.api_keys)))
+    settings = service_of(request).settings
+    return JSONResponse(document(settings.model_name, bool(settings.api_keys)))
 
 
 @router.api_route("/docs", methods=["GET", "HEAD"])
@@ -35,6 +36,7 @@ async def docs() -> Response:
         swagger_js_url="docs/swagger-ui-bundle.js",
         swagger_css_url="docs/swagger-ui.css",
         swagger_favicon_url="data:,",
+        swagger_ui_parameters={"defaultModelsExpandDepth": 0},  # there are a hundred
     )
 
 

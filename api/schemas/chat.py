@@ -140,6 +140,14 @@ class Tool(Received):
     function: Function
 
 
+def tool_names(tools: list[Tool] | None) -> list[str]:
+    """The names of their functions, no two of which may be the same."""
+    names = [tool.function.name for tool in tools or []]
+    if len(names) > len(set(names)):
+        raise conflict("tools", "Two tools have the same name; each function needs a name of its own.")
+    return names
+
+
 class NamedFunction(Received):
     name: FunctionName
 
@@ -259,9 +267,7 @@ class ChatCompletionRequest(SamplingFields):
         return self
 
     def _check_tools(self) -> None:
-        names = [tool.function.name for tool in self.tools or []]
-        if len(names) > len(set(names)):
-            raise conflict("tools", "Two tools have the same name; each function needs a name of its own.")
+        names = tool_names(self.tools)
         if not names:
             if self.tool_choice not in (None, "none", "auto"):
                 raise conflict("tool_choice", "'tool_choice' is only allowed when 'tools' are specified.")

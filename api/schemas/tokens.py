@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from api.schemas.base import Received, Sent, conflict, only
-from api.schemas.chat import MAX_TOOLS, Message, Tool
+from api.schemas.chat import MAX_TOOLS, Message, Tool, tool_names
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
@@ -38,6 +38,7 @@ class TokenizeRequest(Received):
         elif self.add_special_tokens:
             message = "With 'messages' the chat template says which special tokens there are."
             raise conflict("add_special_tokens", message)
+        tool_names(self.tools)
         return self
 
 

@@ -118,9 +118,13 @@ def test_only_those_who_show_a_key_are_served_and_logs_know_its_label(
             ):
                 headers = [(b"authorization", header.encode("latin-1"))] if header else []
                 assert_openai_error(await app.http.get("/v1/models", headers=headers), 401, "invalid_api_key")
+            for key in ("wrong", "", "Bearer secret-a"):
+                refused = await app.http.get("/v1/models", headers={"x-api-key": key})
+                assert_openai_error(refused, 401, "invalid_api_key")
             for key in ("secret-a", "secret-b"):
-                answer = await app.http.get("/v1/models", headers={"authorization": f"Bearer {key}"})
-                assert answer.status_code == 200
+                bearer, anthropic = {"authorization": f"Bearer {key}"}, {"x-api-key": key}
+                for headers in (bearer, anthropic, anthropic | {"authorization": "Bearer not this one"}):
+                    assert (await app.http.get("/v1/models", headers=headers)).status_code == 200
             assert (await app.http.get("/health")).status_code == 200
             caplog.set_level("INFO")
             headers = {"authorization": "Bearer secret-a"}
@@ -131,6 +135,29 @@ def test_only_those_who_show_a_key_are_served_and_logs_know_its_label(
             assert "secret-a" not in caplog.text
 
     run(test())
+
+
+@pytest.mark.parametrize("name", ["a\r\nx-made-up: 1", "a\x00b", "é\u2028\U0001f600", "x" * 20_000, ""])
+def test_a_field_s_name_makes_neither_a_header_nor_a_line_of_the_log(
+    tmp_path: Path, tiny_chat_model: Path, caplog: pytest.LogCaptureFixture, name: str
+):
+    caplog.set_level("INFO")
+
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model, unknown_fields="warn") as app:
+            asking = asyncio.create_task(app.http.post(COMPLETIONS, json={**BODY, name: 1}))
+            await app.answer("hi")
+            answer = await asking
+            assert answer.status_code == 200
+            assert "x-made-up" not in answer.headers
+            assert len(answer.headers["x-ignored-fields"]) < 1000
+            assert_openai_error(await app.http.get("/v1/models/%0d%0aa line"), 404)
+            assert_openai_error(await app.http.post(COMPLETIONS, json={**BODY, "logit_bias": {name: "a"}}), 400)
+
+    run(test())
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("api.")]
+    assert len(lines) == 4
+    assert all(line.isprintable() and len(line) < 1500 for line in lines)
 
 
 def test_health_tells_its_details_to_those_who_show_a_key(tmp_path: Path, tiny_chat_model: Path):

@@ -222,6 +222,27 @@ def test_an_answer_of_one_token_is_cut_by_its_length(tmp_path: Path, tiny_chat_m
     run(test())
 
 
+@pytest.mark.parametrize("tool_choice", ["required", {"type": "function", "function": {"name": "f"}}])
+@pytest.mark.parametrize("parallel_tool_calls", [False, True])
+def test_a_tool_call_that_is_cut_by_its_length_says_so(
+    tmp_path: Path, tiny_chat_model: Path, tool_choice: Any, parallel_tool_calls: bool
+):
+    tool = {"type": "function", "function": {"name": "f"}}
+    fields = {"tools": [tool], "tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
+
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model, {"max_sequence_length": 2048}) as app:
+            asking = asyncio.create_task(app.http.post(COMPLETIONS, json={**BODY, **fields, "max_tokens": 99}))
+            submit = await app.answer('<tool_call>\n{"name": "f", "arguments": {"a', finish_reason=None)
+            app.engine.step(submit.request_id, *app.ids("b"), finish_reason="length")
+            (choice,) = (await asking).json()["choices"]
+            assert choice["finish_reason"] == "length"
+            (call,) = choice["message"]["tool_calls"]
+            assert call["function"] == {"name": "f", "arguments": '{"ab'}
+
+    run(test())
+
+
 def test_a_prompt_and_its_answer_may_fill_the_context_to_the_last_token(tmp_path: Path, tiny_chat_model: Path):
     longest = READY.max_sequence_length
 

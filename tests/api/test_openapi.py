@@ -11,8 +11,9 @@ import pytest
 from fastapi.routing import APIRoute
 
 from api import routes
-from api.openapi import OPERATIONS, document
+from api.openapi import OPERATIONS, Operation, document
 from api.schemas.errors import AnthropicErrorResponse, ErrorResponse
+from api.validation import validate
 from config import Settings
 from tests.api.served_app import run, served
 
@@ -44,24 +45,32 @@ def test_the_description_names_every_route_and_no_other():
 
 @pytest.mark.parametrize("has_keys", [False, True])
 def test_all_it_refers_to_is_there_and_all_that_is_there_is_referred_to(has_keys: bool):
-    description = document(has_keys)
+    description = document("tiny", has_keys)
     schemas = {f"#/components/schemas/{name}" for name in description["components"]["schemas"]}
     assert set(refs(description)) == schemas
 
 
 def test_fields_that_are_not_done_take_only_what_asks_for_nothing():
-    chat = document(False)["components"]["schemas"]["ChatCompletionRequest"]
+    chat = document("tiny", False)["components"]["schemas"]["ChatCompletionRequest"]
     assert chat["additionalProperties"] is False
     assert set(chat["required"]) == {"model", "messages"}
     assert chat["properties"]["store"]["enum"] == [None, False]
     assert {"type": "string"} in chat["properties"]["stop"]["anyOf"][0]["anyOf"]
 
 
+@pytest.mark.parametrize("operation", [operation for operation in OPERATIONS if operation.request is not None])
+def test_the_example_of_a_body_is_one_that_is_taken(operation: Operation):
+    described = document("tiny", False)["paths"][operation.path][operation.method]
+    example = described["requestBody"]["content"]["application/json"]["example"]
+    request, ignored = validate(operation.request, example, "reject")
+    assert request.model == "tiny" and not ignored
+
+
 def test_errors_are_described_by_status_and_in_the_form_of_their_path():
-    paths = document(True)["paths"]
+    paths = document("tiny", True)["paths"]
     answered = paths["/v1/chat/completions"]["post"]["responses"]
     assert {"400", "401", "404", "408", "413", "415", "429", "500", "503", "504"} < set(answered)
-    assert "401" not in document(False)["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert "401" not in document("tiny", False)["paths"]["/v1/chat/completions"]["post"]["responses"]
     for path, methods in paths.items():
         form = AnthropicErrorResponse if path.startswith("/v1/messages") else ErrorResponse
         for operation in methods.values():
@@ -77,7 +86,7 @@ def test_the_page_and_its_files_are_open_and_come_from_this_server(tmp_path: Pat
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model, api_keys=keys) as app:
             description = (await app.http.get("/openapi.json")).json()
-            assert description == document(True)
+            assert description == document("tiny", True)
             assert description["paths"]["/v1/models"]["get"]["security"] == [{"bearer": []}, {"x-api-key": []}]
             page = await app.http.get("/docs")
             assert page.headers["content-type"].startswith("text/html")

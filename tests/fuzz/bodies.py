@@ -24,6 +24,7 @@ SCHEMA_FIELDS = ("schema", "parameters", "input_schema")
 JSON_TEXT_FIELDS = ("arguments",)
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 CHOICE_LIMITS = ("n", "best_of")
+CONTENTS = ("messages", "prompt", "input")
 
 _WORDS = [
     "hello",
@@ -143,8 +144,11 @@ class Bodies:
             return draw(st.sampled_from(schema["enum"]))
         for word in ("anyOf", "oneOf"):
             if word in schema:
-                shallow = [choice for choice in schema[word] if depth < MAX_DEPTH or choice.get("type") == "null"]
-                return self._draw(draw, draw(st.sampled_from(shallow or schema[word][:1])), name, depth)
+                null = {"type": "null"}
+                choices = [choice for choice in schema[word] if choice != null or name not in CONTENTS]
+                if depth >= MAX_DEPTH and null in choices:
+                    return None
+                return self._draw(draw, draw(st.sampled_from(choices)), name, depth)
         makers: dict[str, Callable[..., Any]] = {"object": self._object, "array": self._array}
         kind = schema.get("type")
         return makers[kind](draw, schema, name, depth) if kind in makers else draw(_scalar(schema, name))
@@ -161,6 +165,9 @@ class Bodies:
         required = schema.get("required", [])
         optional = [field for field in schema["properties"] if field not in required]
         some = draw(st.lists(st.sampled_from(optional), max_size=4 if depth else 6, unique=True)) if optional else []
+        contents = [field for field in optional if field in CONTENTS and "enum" not in schema["properties"][field]]
+        if contents:  # seldom are two of them right, or none
+            some = [field for field in some if field not in CONTENTS] + [draw(st.sampled_from(contents))]
         names = [field for field in [*required, *some] if not _seldom(draw, WRONG_ONE_IN)]
         value = {field: self._draw(draw, schema["properties"][field], field, depth + 1) for field in names}
         if _seldom(draw, WRONG_ONE_IN):
@@ -195,14 +202,12 @@ def _scalar(schema: Mapping[str, Any], name: str) -> SearchStrategy[Any]:
 
 
 def _number(schema: Mapping[str, Any]) -> SearchStrategy[Any]:
-    """The edges of what is allowed and one step over them, and what is usual."""
+    """What is usual, the edges of what is allowed and, seldom, one step over them."""
     low = schema.get("minimum", schema.get("exclusiveMinimum", -100))
     high = schema.get("maximum", 100)
-    usual = st.sampled_from([value for value in (0, 1, 2, 3) if low <= value <= high] or [low])
-    edges = st.sampled_from([low, high, low - 1, high + 1])
-    if schema["type"] == "number":
-        return st.one_of(usual, st.floats(low, high), edges)
-    return st.one_of(usual, edges)
+    usual = [value for value in (0, 1, 2, 3) if low <= value <= high] or [low]
+    likely = st.floats(low, high) if schema["type"] == "number" else st.sampled_from(usual)
+    return st.sampled_from([*usual * 4, low, high, low, high, low - 1, high + 1]) | likely
 
 
 def _seldom(draw: DrawFn, one_in: int) -> bool:

@@ -40,7 +40,7 @@ class Fuzzer:
                 self._fuzz(operation, http, -(-num_bodies // len(TARGETS)), seed)
 
     def _fuzz(self, operation: Operation, http: httpx.Client, num_bodies: int, seed: int) -> None:
-        description = document(False)
+        description = document(self.model, False)
         described = description["paths"][operation.path][operation.method]
         schema = described["requestBody"]["content"]["application/json"]["schema"]
         bodies = Bodies(description["components"]["schemas"], self.model).of(schema, DEFAULTS.get(operation.path, {}))
