@@ -12,11 +12,20 @@ import time
 from collections.abc import AsyncGenerator
 from typing import cast
 
-from api.deltas import ContentDelta, Delta, DrawnToken, FinishReason, ReasoningDelta, Step, ToolCall, ToolCallDelta
 from api.engine_client import EngineClient
 from api.errors import ApiError
 from api.generation import Generation
-from api.output_reader import OutputReader
+from api.output.deltas import (
+    ContentDelta,
+    Delta,
+    DrawnToken,
+    FinishReason,
+    ReasoningDelta,
+    Step,
+    ToolCall,
+    ToolCallDelta,
+)
+from api.output.reader import OutputReader
 from api.schemas.base import Performance
 from server.protocol import SequenceOutput
 

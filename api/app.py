@@ -18,7 +18,7 @@ from starlette.responses import Response
 from api.engine_client import EngineClient
 from api.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound, error_response_for, http_status
 from api.middleware import ApiKeyCheck, ErrorBoundary, RequestId
-from api.response_store import ResponseStore
+from api.responses.store import ResponseStore
 from api.ring_metrics import RingCollector
 from api.routes import chat, completions, docs, health, messages, metrics, models, responses, tokens, unsupported
 from api.service import Service

@@ -15,12 +15,12 @@ from starlette.requests import Request
 
 from api.answer import Answer, Choice
 from api.caller import Caller
-from api.chat_prompt import ChatPrompt, chat_prompt
-from api.completion_prompts import completion_prompts
+from api.chat.prompt import ChatPrompt, chat_prompt
+from api.completions.prompts import completion_prompts
 from api.engine_client import EngineClient
 from api.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
 from api.generation import Generation
-from api.output_reader import OutputFormat
+from api.output.reader import OutputFormat
 from api.sampling import SEED_BITS, sampling_params
 from api.schemas.base import SamplingFields
 from api.schemas.chat import ChatCompletionRequest

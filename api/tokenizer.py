@@ -21,13 +21,13 @@ from llguidance.hf import from_tokenizer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_config, load_tokenizer
 
-from api.chat_template import ChatTemplate
+from api.chat.template import ChatTemplate
 from api.errors import ContextLengthExceeded
-from api.grammar import SpecialTokens
-from api.output_parser import Markers, OutputFormat, part_markers
-from api.output_reader import HiddenTokens, OutputReader
-from api.text import REPLACEMENT, TextStream
-from api.tool_format import ToolFormat, native_format
+from api.output.parser import Markers, OutputFormat, part_markers
+from api.output.reader import HiddenTokens, OutputReader
+from api.output.text import REPLACEMENT, TextStream
+from api.output.tool_format import ToolFormat, native_format
+from api.structured.grammar import SpecialTokens
 
 logger = logging.getLogger(__name__)
 

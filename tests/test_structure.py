@@ -35,7 +35,7 @@ WITHOUT_MLX = [
     "distributed.frames",
     "distributed.control",
     "api.schemas.chat",
-    "api.deltas",
+    "api.output.deltas",
     "api.cli.__main__",
 ]
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 from pydantic import TypeAdapter
 
 from api.errors import InvalidRequest
-from api.response_store import ResponseStore, StoredItem
+from api.responses.store import ResponseStore, StoredItem
 from api.schemas.response_items import (
     AssistantMessage,
     FunctionCall,

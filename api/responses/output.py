@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from api.deltas import ContentDelta, Delta, DrawnToken, ReasoningDelta, Step, ToolCallDelta
+from api.output.deltas import ContentDelta, Delta, DrawnToken, ReasoningDelta, Step, ToolCallDelta
 from api.responses.translation import encrypted_reasoning
 from api.schemas import response_answer as schema
 from api.schemas.chat_answer import TokenLogprob

@@ -12,7 +12,7 @@ from typing import Any
 
 from api import sse
 from api.answer import Answer
-from api.chat_format import TokenText, token_logprob
+from api.chat.format import TokenText, token_logprob
 from api.errors import ApiError, error_object
 from api.responses.output import Numbered, OutputWriter
 from api.schemas import response_answer as schema

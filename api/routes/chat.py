@@ -1,6 +1,6 @@
 """POST /v1/chat/completions, as one answer or as a stream.
 
-The walk of a request: body, schema, prompt ids, the engine, and back as text in OpenAI's words, which `api.chat_format`
+The walk of a request: body, schema, prompt ids, the engine, and back as text in OpenAI's words, which `api.chat.format`
 writes.
 """
 
@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.caller import caller_of
-from api.chat_format import ChatFormat
+from api.chat.format import ChatFormat
 from api.delivery import counting_refusals, deliver_stream, deliver_whole, receive
 from api.schemas.chat import ChatCompletionRequest
 from api.service import service_of

@@ -1,7 +1,7 @@
 """POST /v1/completions, as one answer or as a stream: raw prompts, without messages and without a template.
 
 The same walk as a chat's: body, schema, prompt ids, the engine, and back as text in OpenAI's words, which
-`api.completion_format` writes.
+`api.completions.format` writes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.caller import caller_of
-from api.completion_format import CompletionFormat
+from api.completions.format import CompletionFormat
 from api.delivery import counting_refusals, deliver_stream, deliver_whole, receive
 from api.schemas.completions import CompletionRequest
 from api.service import service_of

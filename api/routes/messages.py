@@ -1,7 +1,7 @@
 """POST /v1/messages and /v1/messages/count_tokens, Anthropic's own API.
 
-The walk of a request is that of /v1/chat/completions with a translation on both sides: `api.messages_request` makes a
-chat of it, `api.messages_format` writes the answer.
+The walk of a request is that of /v1/chat/completions with a translation on both sides: `api.messages.request` makes a
+chat of it, `api.messages.format` writes the answer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from starlette.responses import Response
 from api.caller import caller_of
 from api.delivery import counting_refusals, deliver_stream, deliver_whole, receive
 from api.errors import ApiError, InvalidRequest
-from api.messages_format import MessagesFormat, error_event
-from api.messages_request import Translation, translate
+from api.messages.format import MessagesFormat, error_event
+from api.messages.request import Translation, translate
 from api.schemas.anthropic import CountTokensRequest, MessagesRequest
 from api.schemas.anthropic_answer import TokenCount
 from api.service import Service, service_of

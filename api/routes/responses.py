@@ -20,9 +20,9 @@ from starlette.responses import Response
 from api.caller import caller_of
 from api.delivery import counting_refusals, deliver_stream, deliver_whole, receive
 from api.errors import ContextLengthExceeded, InvalidRequest, ResponseNotFound, UnsupportedParameter
-from api.response_store import ResponseStore, StoredItem, StoredResponse
 from api.responses.context import ContextItem, context_of, from_turn
 from api.responses.response_format import ResponseFormat
+from api.responses.store import ResponseStore, StoredItem, StoredResponse
 from api.responses.translation import Chat, chat_of
 from api.schemas import response_answer as answers
 from api.schemas.base import Received, Sent

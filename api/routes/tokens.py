@@ -12,8 +12,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.completion_logprobs import token_name
-from api.completion_prompts import check_ids, text_ids
+from api.completions.logprobs import token_name
+from api.completions.prompts import check_ids, text_ids
 from api.delivery import receive
 from api.errors import ContextLengthExceeded
 from api.schemas.base import Sent

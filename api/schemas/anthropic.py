@@ -1,7 +1,7 @@
 """What /v1/messages and /v1/messages/count_tokens take, as Anthropic's reference and SDK have it, beta fields included.
 
 As in `api.schemas.base`: a field that this server does not do is `only(…)` the values that ask for nothing, and a name
-that is not here is documented nowhere. It says what a request may be; `api.messages_request` makes a chat of it.
+that is not here is documented nowhere. It says what a request may be; `api.messages.request` makes a chat of it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What /v1/messages gives: Anthropic's Message, the events of its stream, and the count of tokens. Plain data.
 
-Written by `api.messages_format`, and by nobody else.
+Written by `api.messages.format`, and by nobody else.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from api.deltas import FinishReason
+from api.output.deltas import FinishReason
 from api.schemas.base import Performance, Sent, Usage
 
 

@@ -7,9 +7,9 @@ from mlx_lm.tokenizer_utils import load
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from api.output_parser import OutputFormat
+from api.output.parser import OutputFormat
 from api.tokenizer import ChatTokenizer, SamplingDefaults
-from tests.api.template_models import PYTHONIC, QWEN3, template_model
+from tests.api.chat.template_models import PYTHONIC, QWEN3, template_model
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,8 @@ def import_sdk() -> Iterator[Import]:
     installed = FOLDER / LOCK.name  # a copy, written last
     if not installed.is_file() or installed.read_bytes() != LOCK.read_bytes():
         shutil.rmtree(FOLDER, ignore_errors=True)
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
-        fetch = [*pip, "--no-deps", "--no-compile", "--target", str(FOLDER), "-r", str(LOCK)]
+        options = "--quiet --disable-pip-version-check --no-input --retries 1 --no-deps --no-compile".split()
+        fetch = [sys.executable, "-m", "pip", "install", *options, "--target", str(FOLDER), "-r", str(LOCK)]
         done = subprocess.run(fetch, capture_output=True, text=True)
         if done.returncode != 0:
             pytest.skip(f"pip cannot fetch the SDKs: {done.stderr[-300:]}")

@@ -24,7 +24,7 @@ def report(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> d
     folder = tmp_path_factory.mktemp("sdk") / "node"
     shutil.copytree(PROGRAM, folder, ignore=shutil.ignore_patterns("node_modules"))
     captured: Any = {"return_completed_process": True, "cwd": folder, "capture_output": True, "text": True}
-    installed = npm(["ci", "--no-fund", "--no-audit", "--prefer-offline"], **captured)
+    installed = npm(["ci", "--no-fund", "--no-audit", "--prefer-offline", "--fetch-retries=1"], **captured)
     if installed.returncode != 0:
         pytest.skip(f"npm cannot install the SDK: {installed.stderr[-300:]}")
     done = node(["chat.mjs", f"{server.url}/v1", server.model], **captured)

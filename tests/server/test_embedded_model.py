@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from api.grammar import json_schema
+from api.structured.grammar import json_schema
 from distributed.model_files import prepare_model
 from server.protocol import SamplingParams
 from tests.ring_harness import ROOT, RingUnderTest, python, running_ring

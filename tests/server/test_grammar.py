@@ -13,7 +13,7 @@ import pytest
 from llguidance import LLParserLimits
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.grammar import json_object, json_schema
+from api.structured.grammar import json_object, json_schema
 from server.grammar import Grammars
 from server.protocol import SamplingParams
 from tests.grammars import PROMPT, Answer, decoded, num_tokens, token_id_of

@@ -1,0 +1,80 @@
+"""From the ids of one answer to deltas: which tokens are text, and how many were spent on reasoning.
+
+`ChatTokenizer.output_reader` makes one for each choice; `api.answer` feeds it. It shows whole characters only, and no
+special token: those that are part of a marker or of a call only the parser gets to see.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+from api.output.deltas import Delta
+from api.output.parser import OutputFormat, OutputParser
+from api.output.text import TextStream
+
+
+@dataclass(frozen=True)
+class HiddenTokens:
+    """Ids that are no text for a client."""
+
+    never_text: Set[int]  # ends of a turn, and ids of a padded vocabulary that the tokenizer does not know
+    special: Set[int]
+    markers: Set[int]  # special ones that are in a marker of this answer
+
+
+class OutputReader:
+    def __init__(
+        self,
+        text: TextStream,
+        output: OutputFormat,
+        stop: Sequence[str],
+        hidden: HiddenTokens,
+        invisible: re.Pattern[str] | None = None,
+    ) -> None:
+        """`invisible`: the text of special tokens, where some of them are shown to the parser."""
+        self._text = text
+        self._hidden = hidden
+        self._parser = OutputParser(output, stop, invisible)
+        self.num_tokens = 0
+        self.num_reasoning_tokens = 0  # markers included
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the choice ends here: a stop string was found, or the one call that is allowed is complete."""
+        return self._parser.stopped
+
+    @property
+    def stop_found(self) -> str | None:
+        """The stop string that ended the choice."""
+        return self._parser.stop_found
+
+    @property
+    def has_tool_calls(self) -> bool:
+        return self._parser.has_tool_calls
+
+    def add(self, token_ids: Sequence[int]) -> list[Delta]:
+        """What is certain now. Ids after `stopped` are not taken."""
+        deltas: list[Delta] = []
+        for token_id in token_ids:
+            if self.stopped:
+                break
+            self.num_tokens += 1
+            was_reasoning = self._parser.is_reasoning
+            if self._is_text(token_id):
+                deltas += self._parser.add(self._text.add(token_id))
+            self.num_reasoning_tokens += was_reasoning or self._parser.is_reasoning
+        return deltas
+
+    def finish(self) -> list[Delta]:
+        """The rest, when no more ids come. A character that was cut off is left out."""
+        if self.stopped:
+            return []
+        return [*self._parser.add(self._text.finish()), *self._parser.finish()]
+
+    def _is_text(self, token_id: int) -> bool:
+        hidden = self._hidden
+        if token_id in hidden.never_text:
+            return False
+        return token_id not in hidden.special or token_id in hidden.markers or self._parser.is_in_whole_call
