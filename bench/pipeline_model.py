@@ -103,8 +103,9 @@ def _group_sizes(num_rows: int, num_groups: int) -> list[int]:
 def _engines_choice(ring: Ring, num_rows: int) -> int:
     """The number of groups when the engine has measured this ring: two sizes of a step tell it the straight line."""
     times = StepTimes()
-    for rows in (1, num_rows + 1):
-        times.note(1, rows, [cost.seconds(rows) for cost in ring.stages])
+    for rows in (1, num_rows, num_rows + 1):
+        for _ in range(3):  # enough to be sure of it
+            times.note(1, rows, [cost.seconds(rows) for cost in ring.stages])
     num_stages = len(ring.stages)
     # What a step of a few rows takes besides computing when it has the ring to itself. The median forgets the start.
     transfers = (num_stages - 1) * ring.link.transfer_s(-(-num_rows // num_stages) * ring.row_bytes)
