@@ -23,6 +23,7 @@ WITHOUT_MLX = [
     "server.protocol",
     "server.frame",
     "server.kv_budget",
+    "server.grammar",
     "distributed.partition",
     "distributed.hosts",
     "distributed.launch",
@@ -36,6 +37,7 @@ WITHOUT_MLX = [
     "distributed.control",
     "api.schemas.chat",
     "api.output.deltas",
+    "api.structured.grammar",
     "api.cli.__main__",
 ]
 
