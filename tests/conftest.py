@@ -43,6 +43,11 @@ def running_server(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFacto
         server.stop()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start rings first: they mostly wait, so those that compute fill what is left of a parallel run."""
+    items.sort(key=lambda item: "ring" not in item.keywords)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A test that fails shows the end of its servers' logs."""

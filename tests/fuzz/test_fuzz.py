@@ -8,7 +8,7 @@ from tests.conftest import StartServer
 from tests.fuzz.bodies import MAX_TOKENS
 from tests.fuzz.fuzzing import TARGETS, Fuzzer
 
-NUM_BODIES = 200
+NUM_BODIES = 120
 
 
 @pytest.mark.ring

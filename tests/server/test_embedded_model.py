@@ -16,7 +16,7 @@ from tests.ring_harness import ROOT, RingUnderTest, python, running_ring
 
 pytestmark = pytest.mark.ring
 
-MAX_TOKENS = 10
+MAX_TOKENS = 8
 RIVER = "The river rose in the night and took the bridge. " * 12
 QUESTIONS = [
     "What is the capital of France?",
