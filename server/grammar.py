@@ -25,7 +25,8 @@ from server.vocabulary import Stops, Vocabulary, load_vocabulary
 
 logger = logging.getLogger(__name__)
 
-MAX_COMPILED = 32  # grammars that are kept for the next request that has them
+MAX_COMPILED = 8  # grammars that are kept for the next request that has them; each may have grown to 100 MB
+_LONGEST_WAIT_S = 15.0  # of a step for its grammars; far from STEP_TIMEOUT, which would take the ring for wedged
 # A mask takes 10 ms of a core at most, a lexer's states take 100 MB. An object with hundreds of optional properties
 # makes long rows. What compiling takes is bounded by the api, before a grammar comes here.
 LIMITS = LLParserLimits(step_lexer_fuel=150_000, max_lexer_states=60_000, max_items_in_row=10_000, verbose_errors=False)
@@ -100,8 +101,7 @@ class Grammars:
 
     def forget(self, sequence_id: int) -> None:
         """Drop a sequence, known or not."""
-        sequence = self._sequences.pop(sequence_id, None)
-        if sequence is not None and sequence.matcher is None:
+        if (sequence := self._sequences.pop(sequence_id, None)) is not None:
             sequence.failure = "forgotten"  # so that it is not compiled any more
 
     def observe(self, sequence_id: int, token_ids: Sequence[int]) -> None:
@@ -109,23 +109,38 @@ class Grammars:
         sequence = self._sequences.get(sequence_id)
         if sequence is None:
             return
-        num_known = sequence.num_prompt_tokens + len(sequence.output)
-        new = token_ids[max(0, num_known - sequence.num_seen) :]
+        first = sequence.num_seen - sequence.num_prompt_tokens  # index in the output of the first of these tokens
+        ran = list(token_ids[max(0, -first) :])
+        first = max(0, first)
         sequence.num_seen += len(token_ids)
-        if new:
+        known = sequence.output[first : first + len(ran)]
+        if known != ran[: len(known)]:
+            self._correct(sequence_id, sequence, [*sequence.output[:first], *ran])
+        elif new := ran[len(known) :]:
             sequence.output += new
             self._follow([sequence])
+
+    def _correct(self, sequence_id: int, wrong: _Sequence, output: list[int]) -> None:
+        """A preempted sequence drew a token twice, near a tie, and rank 0 has kept the other one: begin anew."""
+        wrong.failure = "replaced"
+        sequence = _Sequence(wrong.grammar, wrong.num_prompt_tokens, wrong.stop_ids, wrong.num_seen, output)
+        self._sequences[sequence_id] = sequence
+        self._compiler.submit(self._guard, self._compile, [sequence])
 
     def bitmasks(self, sequence_ids: Sequence[int]) -> np.ndarray | None:
         """What each sequence may draw next: a bit a token, in words of 32; None where no sequence has a grammar.
 
-        Waits for what is still being computed. All ones for sequences without a grammar, or whose grammar failed.
+        Waits for what is still being computed, not for long: all others wait as well. All ones for sequences without
+        a grammar, or whose grammar failed.
         """
         sequences = [self._sequences.get(sequence_id) for sequence_id in sequence_ids]
         if not any(sequences):
             return None
         with self._changed:
-            self._changed.wait_for(lambda: all(sequence.is_ready for sequence in sequences if sequence))
+            self._changed.wait_for(lambda: all(one.is_ready for one in sequences if one), _LONGEST_WAIT_S)
+            for sequence in sequences:
+                if sequence is not None and not sequence.is_ready:
+                    self._fail(sequence, f"it takes longer than {_LONGEST_WAIT_S:.0f} s")
         masks = np.full((len(sequences), self._num_words), -1, np.int32)
         for row, sequence in zip(masks, sequences, strict=True):
             if sequence is not None and sequence.failure is None and sequence.mask is not None:
@@ -235,6 +250,8 @@ class Grammars:
 
     def _give_up(self, sequence: _Sequence, why: str) -> None:
         """A limit may have been used up by others that share its lexer: it gets a second try with one of its own."""
+        if sequence.failure is not None:
+            return
         if sequence.is_private:
             self._fail(sequence, why)
             return

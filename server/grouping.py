@@ -30,7 +30,7 @@ def choose_num_groups(num_rows: int, num_stages: int, times: StepTimes, current:
         return 1
     most = min(num_rows, most_groups(num_rows, num_stages, times))
     current = min(max(current, 1), most)
-    if not times.is_sure(current, -(-num_rows // current)):
+    if not times.is_sure(current):
         return current  # or one step that something disturbed would end what was never tried again
     periods = {groups: period_seconds(num_rows, groups, times) for groups in range(1, most + 1)}
     best = min(periods, key=lambda groups: periods[groups])

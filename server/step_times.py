@@ -54,9 +54,9 @@ class StepTimes:
         """True once a decode step was measured."""
         return bool(self._medians)
 
-    def is_sure(self, num_groups: int, num_rows: int) -> bool:
-        """True once enough of such steps were measured to tell what they take."""
-        return len(self._recent.get((num_groups, num_rows), ())) >= _SURE
+    def is_sure(self, num_groups: int) -> bool:
+        """True once enough steps in so many groups were measured, of whatever size: groups need not be even."""
+        return sum(len(recent) for (groups, _), recent in self._recent.items() if groups == num_groups) >= _SURE
 
     def stage_seconds(self, num_groups: int, num_rows: int) -> list[float]:
         """What each stage is expected to take for a step of `num_rows`; something must be known.

@@ -150,6 +150,35 @@ def test_tokens_count_once_whether_drawn_or_seen_to_run(grammars: Grammars, tiny
     assert answer.allowed() == sorted(stop_ids)
 
 
+def test_what_ran_counts_where_another_token_was_drawn(grammars: Grammars, tiny_chat_model: Path, stop_ids: list[int]):
+    """A preempted sequence may draw one token twice, and not alike; rank 0 keeps the first."""
+    answer = Answer(grammars, -11, "start: /ab/ | /cd/", stop_ids)
+    answer.read_prompt()
+    a, b, c = (token_id_of(tiny_chat_model, letter) for letter in "abc")
+    assert answer.allowed() == sorted([a, c])
+    grammars.drawn([-11], [c])
+    grammars.observe(-11, [a])
+    assert answer.allowed() == [b]
+    grammars.drawn([-11], [b])
+    grammars.observe(-11, [b])
+    assert answer.allowed() == sorted(stop_ids)
+
+
+def test_a_grammar_that_takes_too_long_fails_and_the_others_go_on(
+    begin: Begin, grammars: Grammars, monkeypatch: pytest.MonkeyPatch, stop_ids: list[int]
+):
+    monkeypatch.setattr("server.grammar._LONGEST_WAIT_S", 0.05)
+    other = begin(BICYCLE, seed=1)
+    monkeypatch.setattr(grammars, "_compile", lambda sequences: None)
+    grammars.admit(-13, SamplingParams(grammar=LETTERS), len(PROMPT), stop_ids)
+    masks = grammars.bitmasks([other.sequence_id, -13])
+    assert masks is not None and (masks[1] == -1).all()
+    assert "takes longer" in grammars.failures([-13])[-13]
+    assert other.failure is None
+    np.testing.assert_array_equal(masks[0], other.mask())
+    grammars.forget(-13)
+
+
 def test_sequences_with_and_without_a_grammar_share_a_batch(begin: Begin, grammars: Grammars):
     answers = [begin(BICYCLE, seed=1), begin(LETTERS)]
     grammars.admit(20_000, SamplingParams(), len(PROMPT), [])
