@@ -8,12 +8,13 @@ the request's places on every rank.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator
 from typing import cast
 
 from api.engine_client import EngineClient
-from api.errors import ApiError
+from api.errors import ApiError, EngineFailure
 from api.generation import Generation
 from api.output.deltas import (
     ContentDelta,
@@ -28,6 +29,8 @@ from api.output.deltas import (
 from api.output.reader import OutputReader
 from api.schemas.base import Performance
 from server.protocol import SequenceOutput
+
+logger = logging.getLogger(__name__)
 
 
 class Choice:
@@ -143,6 +146,9 @@ class Answer:
                     return
         except ApiError as error:
             steps.put_nowait((choice, error))
+        except Exception:  # the outermost frame of this task: whoever waits for its steps must hear of it
+            logger.exception("%s: the answer could not be read", self.id)
+            steps.put_nowait((choice, EngineFailure("The server had an error while it read the model's answer.")))
         finally:
             await outputs.aclose()
 

@@ -20,6 +20,7 @@ from api.errors import BodyTimeout, BodyTooLarge, InvalidRequest, UnsupportedMed
 
 BODY_TIMEOUT_S = 60.0  # without a further byte
 DISCARD_S = 2.0  # how long the rest of a body that is too large is read, so that the client gets to read its 413
+MAX_DEPTH = 200  # pydantic writes about 250 levels, and answers repeat what was sent (tools, items)
 MAX_MEMBERS = 10_000  # of one object; each one that is wrong would make an error of its own
 
 
@@ -61,6 +62,8 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
             parse_float=_finite,
             object_pairs_hook=_members,
         )
+        if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
+            _check_depth(value, MAX_DEPTH)
         if b"\\u" in body:
             _check_surrogates(value)
     except RecursionError:
@@ -72,6 +75,15 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest("The request's body must be a JSON object.")
     return value
+
+
+def _check_depth(value: Any, levels_left: int) -> None:
+    """Raises RecursionError for what is nested deeper than answers that repeat it can be written."""
+    if isinstance(value, dict | list):
+        if not levels_left:
+            raise RecursionError
+        for member in value.values() if isinstance(value, dict) else value:
+            _check_depth(member, levels_left - 1)
 
 
 def _not_json(constant: str) -> NoReturn:

@@ -154,8 +154,11 @@ class EngineClient:
             return
         self.serving_since = None
         self.stats = None
-        for generation in [generation for generation in self.generations.values() if generation.is_running]:
-            generation.is_running = generation.is_prefilling = generation.is_preempted = False
+        for generation in list(self.generations.values()):
+            generation.is_preempted = False  # the next ring has put nobody back
+            if not generation.is_running:
+                continue
+            generation.is_running = generation.is_prefilling = False
             generation.rings_lost += 1
             if generation.rings_lost >= MAX_RINGS_LOST:
                 lost = f"The ring was lost {MAX_RINGS_LOST} times while it worked on this request; the log says how."

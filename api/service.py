@@ -126,6 +126,7 @@ class Service:
                     request_id=f"{plan.answer_id}-{index}" if index else plan.answer_id,
                 )
                 choices.append(Choice(index, generation, tokenizer.output_reader(plan.output, request.stop or ())))
+        self.supervisor.accepting()  # the ring may have been given up while the prompt was made
         self.engine.submit(*[choice.generation for choice in choices])
         return Answer(plan.answer_id, plan.model, tokenizer.fingerprint, choices, self.engine)
 

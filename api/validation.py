@@ -72,7 +72,7 @@ def validate(
             findings = error.errors(include_url=False)
         unknown = [finding for finding in findings if finding["type"] == "extra_forbidden"]
         others = [finding for finding in findings if finding["type"] != "extra_forbidden"]
-        if unknown_fields == "warn" and 0 < len(unknown) <= MAX_IGNORED_FIELDS:
+        if unknown_fields == "warn" and 0 < len(unknown) <= MAX_IGNORED_FIELDS - len(ignored):
             paths = [_path(body, finding["loc"]) for finding in unknown]
             ignored += [_dotted(path) for path in paths]
             for path in paths:

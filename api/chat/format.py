@@ -6,6 +6,7 @@ It reads what `api.answer` gathers and writes OpenAI's objects. What was asked f
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import cache
 
 from api import sse
 from api.answer import Answer, Choice
@@ -23,7 +24,7 @@ class ChatFormat:
     def __init__(self, request: ChatCompletionRequest, answer: Answer, token_text: TokenText) -> None:
         self._request = request
         self._answer = answer
-        self._token_text = token_text
+        self._token_text = cache(token_text)
 
     # -- as one object -----------------------------------------------------------------------------------------------
 

@@ -15,7 +15,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tool_parsers import json_tools
 
 # What a parser does with text that is no call, besides raising an error of its own.
-_PARSER_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SyntaxError, RecursionError)
+# `ast` answers deep nesting with a MemoryError.
+_PARSER_ERRORS = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SyntaxError, RecursionError, MemoryError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

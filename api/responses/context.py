@@ -30,6 +30,7 @@ from api.schemas.responses import ContextFields
 AnyItem = InputMessage | AssistantMessage | FunctionCall | FunctionCallOutput | Reasoning
 
 _stored: TypeAdapter[AnyItem] = TypeAdapter(Item)
+MAX_REFERENCES = 256  # of one request to stored items; each is read and parsed
 _ID_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 
 
@@ -62,9 +63,17 @@ async def context_of(request: ContextFields, store: ResponseStore, owner: str | 
                 code="previous_response_not_found",
             )
         items = [_read(stored, "previous_response_id") for stored in earlier]
+    referred: set[str] = set()
     for place, item in enumerate(request.items):
         source = "input" if isinstance(request.input, str) else f"input[{place}]"
         if isinstance(item, ItemReference):
+            if item.id in referred:
+                message = f"Invalid '{source}.id': the item '{item.id}' is referred to twice."
+                raise InvalidRequest(message, param=f"{source}.id", code="invalid_value")
+            if len(referred) == MAX_REFERENCES:
+                message = f"Invalid '{source}.id': more than {MAX_REFERENCES} items are referred to."
+                raise InvalidRequest(message, param=f"{source}.id", code="array_above_max_length")
+            referred.add(item.id)
             stored = await store.item(owner, item.id)
             if stored is None:
                 message = f"Item with id '{item.id}' not found."

@@ -86,6 +86,7 @@ def test_a_body_must_be_an_object(text: bytes):
         (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' is given twice"),
         (b"{" + b",".join(b'"%d":0' % n for n in range(10_001)) + b"}", "more than 10000 members"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "nested too deeply"),
         (b'{"a": "\xff"}', "not valid Unicode"),
         (b'{"a": ["\\ud83d"]}', "not valid Unicode"),
         (b'{"\\udc00": 1}', "not valid Unicode"),

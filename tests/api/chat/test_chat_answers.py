@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from api.service import Service
 from server.protocol import Cancel, SequenceOutput, Started, StepOutput, Submit, TokenLogprobs
 from tests.api.chat.test_chat_route import events, post, submitted
 from tests.api.served_app import Served, run, served
@@ -225,5 +226,41 @@ def test_choices_are_read_while_a_slow_client_is_not(tmp_path: Path, tiny_chat_m
             assert await asyncio.wait_for(app.engine.read(), 5) == Cancel(first.request_id)
             give(app, second, "three")
             assert [choice["message"]["content"] for choice in (await asking).json()["choices"]] == ["one", "three"]
+
+    run(test())
+
+
+def test_an_answer_that_cannot_be_read_is_an_error_and_no_silence(
+    tmp_path: Path, tiny_chat_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def breaks(self: Any, token_ids: Any) -> Any:
+        raise MemoryError
+
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model) as app:
+            asking = post(app)
+            submit = await submitted(app)
+            monkeypatch.setattr("api.output.reader.OutputReader.add", breaks)
+            app.engine.step(submit.request_id, *app.ids("one"))
+            assert_openai_error(await asking, 500, "internal_error")
+            assert await app.engine.read() == Cancel(submit.request_id)
+
+    run(test())
+
+
+def test_a_ring_that_is_given_up_while_the_prompt_is_made_refuses_the_request(tmp_path: Path, tiny_chat_model: Path):
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model) as app:
+            prompt = Service._chat_prompt
+
+            def give_up(self: Any, *arguments: Any) -> Any:
+                made = prompt(self, *arguments)
+                app.supervisor.state = "failed"
+                return made
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Service, "_chat_prompt", give_up)
+                assert_openai_error(await post(app), 503, "server_not_ready")
+            assert not app.client.generations
 
     run(test())
