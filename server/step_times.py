@@ -63,8 +63,8 @@ class StepTimes:
 
         Where it was never measured, the nearest number of groups stands in, and between and beyond the numbers of rows
         that were measured a straight line. Where only one number of rows was measured, times grow as they do with other
-        numbers of groups; where nobody knows how, in proportion: that is optimistic about small groups, so that they
-        are tried once, and measured.
+        numbers of groups; where nobody knows how, smaller steps are hoped to take less in proportion and larger ones no
+        more, so that both are tried, and measured.
         """
         if (exact := self._medians.get((num_groups, num_rows))) is not None:
             return exact
@@ -76,7 +76,7 @@ class StepTimes:
         rows, seconds = known[0]
         others = [other for groups in sorted(measured) if len(other := self._known(groups)) > 1]
         if not others:
-            return [second * num_rows / rows for second in seconds]
+            return [second * min(1.0, num_rows / rows) for second in seconds]
         here, there = _on_line(others[0], rows), _on_line(others[0], num_rows)
         return [second * b / a for second, a, b in zip(seconds, here, there, strict=True)]
 

@@ -141,7 +141,7 @@ def machines(draw: st.DrawFn) -> Machine:
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=100, derandomize=True)  # of the noise too: it may mislead for 500 steps
 @given(machine=machines(), crowds=st.lists(st.integers(1, 12), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_whatever_the_ring_is_and_however_users_came_it_ends_with_about_the_best_number_of_groups(
     machine: Machine, crowds: list[int], seed: int
