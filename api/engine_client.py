@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from api.errors import ApiError, EngineFailure, InvalidRequest, QueueFull, Stalled
+from api.errors import ApiError, ContextLengthExceeded, EngineFailure, InvalidRequest, QueueFull, Stalled
 from api.generation import Generation
 from api.limits import KeyLimits
 from api.metrics import RequestMetrics
@@ -136,20 +136,27 @@ class EngineClient:
             self._drop_ring()
             socket_path.unlink(missing_ok=True)
 
+    def configure(self, rank_settings: dict[str, Any]) -> None:
+        """What the next ring's ranks are told."""
+        self._rank_settings = rank_settings
+
     def serve(self, ready: Ready) -> None:
         """The ring serves: everything that is unanswered goes to it, in the order it was accepted."""
         self.ready = ready
         now = self.clock()
         for generation in list(self.generations.values()):
+            fits = generation.fit(ready.max_sequence_length)
             if reason := generation.unreported_end():
                 self._take_output(SequenceOutput(generation.request_id, finish_reason=reason), now)
+            elif not fits:
+                self._fail(generation, _no_longer_fits(generation, ready))
         self.serving_since = self.last_step_at = self.last_message_at = now
         for generation in self.generations.values():
             if not self._limits.holds_back(generation.request_id):
                 self._give(generation)
 
-    def suspend(self) -> None:
-        """No ring serves any more; what was running waits for the next one."""
+    def suspend(self, *, lost: bool = True) -> None:
+        """No ring serves any more; what was running waits for the next one. `lost`: the ring, and not ended by us."""
         if self.serving_since is None:
             return
         self.serving_since = None
@@ -159,10 +166,10 @@ class EngineClient:
             if not generation.is_running:
                 continue
             generation.is_running = generation.is_prefilling = False
-            generation.rings_lost += 1
+            generation.rings_lost += lost
             if generation.rings_lost >= MAX_RINGS_LOST:
-                lost = f"The ring was lost {MAX_RINGS_LOST} times while it worked on this request; the log says how."
-                self._fail(generation, EngineFailure(lost))
+                message = f"The ring was lost {MAX_RINGS_LOST} times while it worked on this request; the log says how."
+                self._fail(generation, EngineFailure(message))
 
     def shut_down(self) -> None:
         """Ask the ring to end."""
@@ -282,3 +289,11 @@ class EngineClient:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _no_longer_fits(generation: Generation, ready: Ready) -> ApiError:
+    return ContextLengthExceeded(
+        f"The server was restarted with smaller limits while it worked on this request: one may have "
+        f"{ready.max_sequence_length} tokens now, and this one asks for "
+        f"{len(generation.prompt_token_ids) + generation.max_tokens}."
+    )

@@ -55,6 +55,13 @@ class Generation:
             priority=self.priority,
         )
 
+    def fit(self, max_sequence_length: int) -> bool:
+        """Whether it fits into a ring that takes so many tokens. A limit that its client left open is made to fit."""
+        room = max_sequence_length - len(self.prompt_token_ids)
+        if not self.max_tokens_given and room >= max(1, self.sampling.min_tokens):
+            self.max_tokens = min(self.max_tokens, room)
+        return self.max_tokens <= room
+
     def start(self, now: float, num_cached_tokens: int) -> None:
         """The ring has begun with it. What another ring finds in its cache later is no merit of the client's prompt."""
         self.is_running = self.is_prefilling = True

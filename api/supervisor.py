@@ -8,6 +8,7 @@ beside the HTTP server; the routes read its state.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import tempfile
@@ -50,6 +51,10 @@ class RingLost(Exception):
         self.served = False  # whether it was ready before
 
 
+class Replaced(Exception):
+    """This ring is to end in favour of one with other settings."""
+
+
 class Supervisor:
     def __init__(self, settings: Settings, engine: EngineClient, instance: str) -> None:
         self.state: State = "starting"
@@ -57,7 +62,11 @@ class Supervisor:
         self.tokenizer: ChatTokenizer | None = None  # of the first ring that was ready; stays when a ring is lost
         self.num_lost = 0  # rings that were lost while they served
         self.hurry = False  # set by whoever wants `stop` to wait for nobody
+        self.notice = ""  # why the settings of the last `reload` are not those that serve
         self._settings = settings
+        self._served_settings: Settings | None = None  # those of the last ring that was ready
+        self._asked_settings: Settings | None = None  # those of the next ring
+        self._reloads = asyncio.Event()
         self._engine = engine
         self._instance = instance
         self._port_locks: dict[int, IO[str]] = {}
@@ -86,24 +95,68 @@ class Supervisor:
         try:
             while True:
                 began = time.monotonic()
+                self._take_asked_settings()
                 try:
                     await self._one_ring()
+                except Replaced:
+                    failures = 0
+                    continue
                 except RingLost as error:
                     lost = error
                 except Exception as error:  # the outermost frame of a ring
                     logger.exception("an error that nobody expected")
                     lost = self._lost(RingLost(f"an error that nobody expected: {_said(error)}"))
+                if self._has_others_to_try(lost):
+                    failures = 0
+                    continue
                 failures = 1 if lost.served and time.monotonic() - began > STABLE_S else failures + 1
                 if lost.permanent or (self.tokenizer is None and failures >= MAX_FAILED_STARTS):
                     self._give_up(lost.reason)
                     return
-                await asyncio.sleep(0 if lost.served and failures == 1 else min(2.0**failures, LONGEST_BACKOFF_S))
+                backoff_s = 0 if lost.served and failures == 1 else min(2.0**failures, LONGEST_BACKOFF_S)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._reloads.wait(), backoff_s)
         finally:
             self.close()
 
+    def reload(self, settings: Settings) -> bool:
+        """End the ring in order and start one with `settings`, which go with the tokenizer; requests go on there.
+
+        False where no ring serves or comes back, or where the model's files have changed. Where the ring does not get
+        ready, the settings that served before serve again, and `notice` says why.
+        """
+        if self.state not in ("ready", "restarting") or self.tokenizer is None or not self.tokenizer.is_current():
+            return False
+        self.notice = ""
+        self._asked_settings = settings
+        self._reloads.set()
+        self._enter("restarting", "a new ring takes over")
+        return True
+
+    def _take_asked_settings(self) -> None:
+        if self._asked_settings is not None:
+            self._use(self._asked_settings)
+            self._asked_settings = None
+            self._reloads.clear()
+
+    def _has_others_to_try(self, lost: RingLost) -> bool:
+        """Whether the next ring has other settings: those asked for, or after them, if they never served, the old."""
+        if self._asked_settings is not None:
+            return True
+        if lost.served or self._served_settings in (None, self._settings):
+            return False
+        self.notice = f"the settings of the last restart do not work, those from before serve: {lost.reason}"
+        logger.error("%s", self.notice)
+        self._use(self._served_settings)
+        return True
+
+    def _use(self, settings: Settings) -> None:
+        self._settings = settings
+        self._engine.configure(settings.for_ranks())
+
     async def stop(self) -> None:
         """Take no more requests, let the accepted ones end for SHUTDOWN_GRACE_S, and end those that are left."""
-        serving = self.state == "ready"
+        serving = self.state in ("ready", "restarting")
         self._enter("stopping", "the server is being stopped")
         deadline = time.monotonic() + (self._settings.shutdown_grace_s if serving else 0)
         while self._engine.generations and time.monotonic() < deadline and not self.hurry:
@@ -140,22 +193,28 @@ class Supervisor:
                 async with asyncio.timeout(self._settings.start_timeout) as start:
                     ready = await self._until_ready(ring, start)
                     await self._load_tokenizer(ready)
+                if self._reloads.is_set():
+                    raise Replaced
                 ring.stop_spinning()
                 self._write_ring_file(ring, ready)
+                self._served_settings = self._settings
                 self._engine.serve(ready)
-                self._enter("ready", "")
+                self._enter("ready", self.notice)
                 await self._until_lost(ring)
             except (OSError, DistributedError, RingLost) as error:
                 raise self._lost(error) from error
             finally:
-                self._engine.suspend()
+                is_asked = self.state == "stopping" or self._reloads.is_set()
+                self._engine.suspend(lost=not is_asked)
                 self._engine.shut_down()
                 if ring is not None:
-                    await ring.end(END_GRACE_S if self.state == "stopping" else LOST_GRACE_S)
+                    await ring.end(END_GRACE_S if is_asked else LOST_GRACE_S)
 
     def _take_ports(self, hosts: Sequence[RankHost]) -> None:
         """Raises RingLost where a ring port of this machine is another server's, or another program's."""
         local = local_ports(hosts)
+        for port in self._port_locks.keys() - {port for _, port in local}:
+            self._port_locks.pop(port).close()
         for _, port in local:
             if port not in self._port_locks:
                 try:
@@ -207,7 +266,10 @@ class Supervisor:
                 raise RingLost(f"rank 0 was silent for {SILENCE_S:.0f} s")
 
     async def _next_event(self, ring: RingProcess) -> Progress | Ready | None:
-        """What rank 0 said next, None after POLL_INTERVAL without a word. Raises RingLost where the ring is over."""
+        """What rank 0 said next, None after POLL_INTERVAL without a word. Raises RingLost where the ring is over, and
+        Replaced where another one is asked for."""
+        if self._reloads.is_set():
+            raise Replaced
         try:
             async with asyncio.timeout(self._settings.poll_interval):
                 event = await self._engine.life.get()
@@ -223,8 +285,11 @@ class Supervisor:
 
     async def _load_tokenizer(self, ready: Ready) -> None:
         path = Path(ready.model_path)
-        if self.tokenizer is not None and self.tokenizer.path == path:
-            return
+        if self.tokenizer is not None:
+            if self.tokenizer.path == path and self.tokenizer.is_current():
+                return
+            # Ids of one tokenizer never reach another's model.
+            self._engine.fail_all(NotReady("The model was changed meanwhile.", retry_after_s=RETRY_AFTER_S))
         self._enter(self.state, "loading the tokenizer")
         try:
             self.tokenizer = await asyncio.to_thread(

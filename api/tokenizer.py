@@ -48,6 +48,7 @@ class ChatTokenizer:
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         """Load the folder `path`, in Hugging Face's layout. Raises OSError or ValueError for a broken one."""
+        self._files = _files(path)
         config = load_config(path)
         extra = {"trust_remote_code": True} if trust_remote_code else {}
         self._tokenizer: TokenizerWrapper = load_tokenizer(path, extra, eos_token_ids=config.get("eos_token_id"))
@@ -58,6 +59,10 @@ class ChatTokenizer:
         self.template = ChatTemplate(self._tokenizer)
         if not self.template.exists:
             logger.warning("%s has no chat template: chat requests will be refused", path)
+
+    def is_current(self) -> bool:
+        """Whether the files that the folder held when this was loaded, weights too, are still the same."""
+        return self._files.items() <= _files(self.path).items()
 
     # -- text to ids -------------------------------------------------------------------------------------------------
 
@@ -207,3 +212,9 @@ def _sampling_defaults(path: Path) -> SamplingDefaults:
     names = SamplingDefaults.__dataclass_fields__
     numbers = {name: values.get(name) for name in names if type(values.get(name)) in (int, float)}
     return SamplingDefaults(**numbers)
+
+
+def _files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file, by name: enough to see that one was replaced."""
+    found = ((path.name, path.stat()) for path in folder.iterdir() if path.is_file()) if folder.is_dir() else ()
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found}

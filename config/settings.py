@@ -20,6 +20,36 @@ from config.errors import ConfigError
 API_ONLY = frozenset({"api_host", "api_port", "api_keys", "cors_allow_origins"})
 NOT_KEYS = frozenset({"project_root", "passthrough_env"})  # found by load_config, no key of the user's
 
+# Every key is in one of the two. `restart` applies a change of these with a new ring under the same api process, which
+# keeps the requests; nobody but supervisor, launcher and ranks may read them. (CONFIG_FILE: what is in it counts.)
+RING_FIELDS = frozenset(
+    {
+        *(
+            "ring_size",
+            "worker_hosts",
+            "ring_host",
+            "hostfile",
+            "ring_port",
+            "ssh_options",
+            "worker_dir",
+            "config_file",
+        ),
+        *("layer_split", "rank_memory_limit_mb", "kv_cache_reserved_memory_mb", "kv_cache_max_size", "kv_cache_bits"),
+        *("config_file", "max_sequence_length", "prefix_cache", "prefill_chunk_tokens", "micro_batch_groups"),
+        *("max_concurrent_requests", "start_timeout", "step_timeout", "poll_interval", "shutdown_grace_s"),
+    }
+)
+# A change of these needs another api process: the model, whose tokenizer made all requests' ids, and the api's own.
+PROCESS_FIELDS = frozenset(
+    {
+        *("model_repo", "model_name", "trust_remote_code", "max_queued_requests", "max_prompt_len_bytes"),
+        *("max_body_bytes", "default_max_tokens", "default_temperature", "default_top_p", "unknown_fields"),
+        *("responses_store_max", "responses_store_max_bytes", "request_timeout", "api_host", "api_port", "api_keys"),
+        *("max_concurrent_requests_per_key", "max_queued_requests_per_key", "cors_allow_origins"),
+        *("log_level", "log_format"),
+    }
+)
+
 
 class Settings(BaseSettings):
     """What the user chose, checked. Lists are empty and numbers None where the program is to find the value itself."""

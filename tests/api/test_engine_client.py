@@ -3,10 +3,11 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from api.engine_client import MAX_RINGS_LOST, EngineClient
-from api.errors import ApiError, EngineFailure, QueueFull, Stalled
+from api.errors import ApiError, ContextLengthExceeded, EngineFailure, QueueFull, Stalled
 from api.generation import Generation
 from server.protocol import (
     Cancel,
@@ -19,7 +20,7 @@ from server.protocol import (
     StepOutput,
     Submit,
 )
-from tests.api.fake_engine import FakeEngine, connected
+from tests.api.fake_engine import READY, FakeEngine, connected
 
 
 class Clock:
@@ -201,6 +202,70 @@ def test_a_request_that_was_complete_when_the_ring_died_ends(
         async with connected(client, tmp_path):
             assert await collected(request) == (last_ids, reason)
             assert client.generations == {}
+
+    run(test())
+
+
+def test_a_ring_with_smaller_limits_ends_what_does_not_fit_and_shortens_what_its_client_left_open(
+    client: EngineClient, tmp_path: Path
+):
+    async def test() -> None:
+        given, left_open, done = (
+            generation(max_tokens=60),
+            generation(max_tokens=61, max_tokens_given=False),
+            generation(),
+        )
+        async with connected(client, tmp_path) as engine:
+            for request in (given, left_open, done):
+                client.submit(request)
+                await engine.read()
+            engine.step(done.request_id, 11, 2)
+            await until(lambda: done.output_token_ids == [11, 2])
+        async with connected(client, tmp_path, msgspec.structs.replace(READY, max_sequence_length=62)) as engine:
+            with pytest.raises(ContextLengthExceeded, match="62 tokens now, and this one asks for 63"):
+                await collected(given)
+            assert await collected(done) == ([11, 2], "stop")
+            again = await engine.read()
+            assert (again.request_id, again.max_tokens) == (left_open.request_id, 59)
+
+    run(test())
+
+
+def test_limits_of_a_key_hold_across_rings(tmp_path: Path):
+    client = EngineClient(
+        {}, max_queued_requests=9, request_timeout_s=10, max_concurrent_per_key=1, max_queued_per_key=1
+    )
+
+    async def test() -> None:
+        first, second = generation(owner="a"), generation(owner="a")
+        async with connected(client, tmp_path) as engine:
+            client.submit(first)
+            client.submit(second)
+            await engine.read()
+            engine.step(first.request_id, 11, start=True)
+            await until(lambda: first.is_running)
+        async with connected(client, tmp_path) as engine:
+            assert (await engine.read()).request_id == first.request_id
+            engine.step(first.request_id, 12, start=True)
+            await until(lambda: first.is_running)
+            with pytest.raises(QueueFull, match="MAX_QUEUED_REQUESTS_PER_KEY=1"):
+                client.submit(generation(owner="a"))
+            engine.step(first.request_id, 2, finish_reason="stop")
+            assert (await engine.read()).request_id == second.request_id
+
+    run(test())
+
+
+def test_a_ring_that_was_ended_by_us_is_no_ring_a_request_was_lost_with(client: EngineClient, tmp_path: Path):
+    async def test() -> None:
+        request = generation()
+        client.submit(request)
+        async with connected(client, tmp_path) as engine:
+            await engine.read()
+            engine.step(request.request_id, start=True)
+            await until(lambda: request.is_running)
+            client.suspend(lost=False)
+        assert request.rings_lost == 0 and not request.is_running
 
     run(test())
 

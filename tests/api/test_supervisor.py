@@ -12,11 +12,13 @@ import pytest
 
 from api.engine_client import EngineClient
 from api.errors import NotReady
-from api.supervisor import RingLost, Supervisor, check_ports, local_ports
+from api.generation import Generation
+from api.supervisor import Replaced, RingLost, Supervisor, check_ports, local_ports
+from api.tokenizer import ChatTokenizer
 from config import Settings
 from distributed.errors import ModelError, ModelUnavailable
 from distributed.hosts import RankHost
-from server.protocol import Progress
+from server.protocol import Progress, SamplingParams
 from tests.api.fake_engine import READY
 from tests.running_server import free_ports
 
@@ -81,6 +83,64 @@ def test_an_error_nobody_expected_is_a_lost_ring_and_not_the_end_of_the_server(
     asyncio.run(supervisor.run())
     assert supervisor.state == "failed" and "KeyError: 'a bug'" in supervisor.detail
     assert "Traceback" in caplog.text
+
+
+def test_asked_settings_are_the_next_ring_s_and_those_that_served_come_back_where_it_never_gets_ready(
+    supervisor: Any, tmp_path: Path, tiny_chat_model: Path
+):
+    """Rings are scripted: what each was started with, and how it ended."""
+    old, new = supervisor._settings, Settings(project_root=tmp_path, ring_size=3)
+    started: list[tuple[int, int]] = []
+
+    async def one_ring() -> None:
+        started.append((supervisor._settings.ring_size, supervisor._engine._rank_settings.get("ring_size")))
+        if supervisor._settings is new:
+            raise supervisor._lost(RingLost("no such layer", permanent=True))
+        if len(started) > 1:
+            raise asyncio.CancelledError
+        supervisor._served_settings, supervisor.state = old, "ready"
+        supervisor.tokenizer = ChatTokenizer(tiny_chat_model)
+        assert supervisor.reload(new)
+        assert supervisor.state == "restarting"
+        with pytest.raises(Replaced):
+            await supervisor._next_event(SimpleNamespace(has_exited=False))
+        raise Replaced
+
+    supervisor._one_ring = one_ring
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(supervisor.run())
+    assert started == [(2, None), (3, 3), (2, 2)]
+    assert "those from before serve: no such layer" in supervisor.notice
+    assert supervisor.num_lost == 0
+
+
+@pytest.mark.parametrize("state", ["starting", "failed", "stopping"])
+def test_nothing_is_reloaded_where_no_ring_serves_or_comes_back(supervisor: Any, state: str):
+    supervisor.state = state
+    assert not supervisor.reload(supervisor._settings)
+    assert supervisor.state == state
+
+
+def test_ids_of_one_tokenizer_never_reach_another(supervisor: Any, tiny_chat_model: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(tiny_chat_model, tmp_path / "model"))
+    ready = msgspec.structs.replace(READY, model_path=str(folder))
+    accepted = Generation([1], SamplingParams(seed=1), max_tokens=1, max_tokens_given=True, stop_token_ids=[])
+
+    async def test() -> None:
+        await supervisor._load_tokenizer(ready)
+        supervisor.state = "ready"
+        first = supervisor.tokenizer
+        supervisor._engine.submit(accepted)
+        await supervisor._load_tokenizer(ready)
+        assert supervisor.tokenizer is first and supervisor._engine.generations
+        (folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes() + b"\n")
+        assert not supervisor.reload(supervisor._settings)
+        await supervisor._load_tokenizer(ready)
+        assert supervisor.tokenizer is not first and not supervisor._engine.generations
+        with pytest.raises(NotReady, match="model was changed"):
+            await anext(accepted.outputs())
+
+    asyncio.run(test())
 
 
 def test_a_model_that_is_wrong_stays_wrong_and_a_network_recovers(supervisor: Any):

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from config import Settings
-from config.settings import API_ONLY, KEYS
+from config.settings import API_ONLY, KEYS, PROCESS_FIELDS, RING_FIELDS
 from tests.config.conftest import Load, Refuse
 
 # key, the default, (text as in .env, its value), …, then values that must be refused
@@ -61,6 +61,12 @@ ELSEWHERE = {"API_KEYS", "HOSTFILE", "CONFIG_FILE"}  # have tests of their own
 
 def test_every_key_has_a_case() -> None:
     assert {key for key, *_ in CASES} | ELSEWHERE == set(KEYS)
+
+
+def test_every_key_says_whether_a_new_ring_applies_it_or_a_new_api_process() -> None:
+    assert RING_FIELDS | PROCESS_FIELDS == set(KEYS.values())
+    assert not RING_FIELDS & PROCESS_FIELDS
+    assert API_ONLY <= PROCESS_FIELDS
 
 
 @pytest.mark.parametrize(("key", "default"), [(key, default) for key, default, *_ in CASES])
