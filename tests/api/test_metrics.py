@@ -210,5 +210,3 @@ def test_a_request_shows_on_every_rank_of_a_real_ring(running_server: StartServe
         for doing in ("busy", "bubble", "receiving", "sending"):
             assert 0 < grown[f"rank_{doing}_seconds_total", (rank,)] < 60, (doing, rank)
         assert found["rank_memory_bytes", (rank,)] > 0
-    # One stream: whatever rank 0 computes, rank 1 waits for, but for the first frame after the ring was idle.
-    assert grown["rank_bubble_seconds_total", ("1",)] > grown["rank_busy_seconds_total", ("0",)] / 2

@@ -142,6 +142,7 @@ def test_changes_of_a_full_batch_peak_under_1_3_times_the_cache(change: str, kin
         store.apply([Join(0, [rows - 1])])
     mx.reset_peak_memory()
     full = store.num_bytes
+    others = mx.get_active_memory() - full  # what other tests of this process keep
     match change:
         case "join":
             store.apply([Join(0, [rows - 1])])
@@ -155,7 +156,7 @@ def test_changes_of_a_full_batch_peak_under_1_3_times_the_cache(change: str, kin
     full = max(full, store.num_bytes)
     number_bytes = 4 if kind is KVCache else 1 + 2 * 4 / 64
     assert full == rows * layers * (length + 256 if change == "grow" else length) * 2 * 8 * 64 * number_bytes
-    assert mx.get_peak_memory() < 1.3 * full
+    assert mx.get_peak_memory() - others < 1.3 * full
 
 
 def _one_token(model: llama.Model) -> list:
