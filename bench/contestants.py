@@ -37,6 +37,7 @@ class Contestant:
     name: str
     target: Target
     turn: Turn = contextlib.nullcontext
+    is_ours: bool = False
 
 
 def end_in_order() -> None:
@@ -61,7 +62,7 @@ def ours(
     server = RunningServer(scratch / name.replace(" ", "-"), environ)
     _share_layer_times(scratch / "layer-times.json", times_file(server.root), server.start)
     try:
-        yield Contestant(name, Target(server.url, server.model, banned))
+        yield Contestant(name, Target(server.url, server.model, banned), is_ours=True)
     finally:
         server.stop()
 

@@ -20,6 +20,7 @@ from bench.contestants import Contestant, end_in_order, mlx_lm_server, ours
 from bench.environment import heading, table
 from bench.figures import cell, median, median_ratio, milliseconds, percentile, value_range
 from bench.prompts import Prompts
+from bench.stages import Spent, spent_so_far, stages_table
 
 Rounds = dict[str, list[list[Answer]]]  # contestant -> round -> answers
 WITHOUT = ["mlx_lm", "pipeline"]
@@ -47,9 +48,11 @@ def main() -> None:
         print(heading(f"Servers, {arguments.model} model, {arguments.tokens} tokens an answer"))
         print("mlx_lm's processes are stopped (SIGSTOP) outside their turns; all contestants use OpenBLAS.")
         for streams in arguments.streams:
-            rounds = run(contestants, prompts, streams, arguments.tokens, arguments.rounds)
+            rounds, spent = run(contestants, prompts, streams, arguments.tokens, arguments.rounds)
             print(f"\n**{streams} streams at once**, {arguments.rounds} rounds\n")
-            print(latency_table(rounds) + "\n\n" + ratio_table(rounds), flush=True)
+            print(latency_table(rounds) + "\n\n" + ratio_table(rounds))
+            if spent:
+                print("\n" + stages_table(spent), flush=True)
 
 
 def start(
@@ -71,10 +74,19 @@ def start(
     return contestants
 
 
-def run(contestants: list[Contestant], prompts: Prompts, streams: int, tokens: int, num_rounds: int) -> Rounds:
-    """`num_rounds` that count after a short one that does not; who begins changes from round to round."""
+def run(
+    contestants: list[Contestant], prompts: Prompts, streams: int, tokens: int, num_rounds: int
+) -> tuple[Rounds, dict[str, list[Spent]]]:
+    """`num_rounds` that count after a short one that does not; who begins changes from round to round.
+
+    With the answers comes what each rank of ours did in all the rounds that count.
+    """
     rounds: Rounds = {contestant.name: [] for contestant in contestants}
+    before: dict[str, list[Spent]] = {}
+    ours = [contestant for contestant in contestants if contestant.is_ours]
     for turn in range(num_rounds + 1):
+        if turn == 1:
+            before = {contestant.name: spent_so_far(contestant.target) for contestant in ours}
         length = tokens if turn else min(tokens, 8)
         requests = [Request(prompts.short(f"{streams}, {turn}, {index}"), length) for index in range(streams)]
         first = turn % len(contestants)
@@ -85,7 +97,11 @@ def run(contestants: list[Contestant], prompts: Prompts, streams: int, tokens: i
             assert not short, f"{contestant.name} gave answers of {short} instead of {length} tokens"
             if turn:
                 rounds[contestant.name].append(answers)
-    return rounds
+    spent = {
+        contestant.name: [after.since(b) for after, b in zip(spent_so_far(contestant.target), before[contestant.name])]
+        for contestant in ours
+    }
+    return rounds, spent
 
 
 def latency_table(rounds: Rounds) -> str:

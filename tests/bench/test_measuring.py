@@ -17,6 +17,7 @@ from bench.long_prompts import fair_wait, interpolated
 from bench.models import dress_as_qwen2
 from bench.prompts import Prompts
 from bench.simulated_ring import NUM_LAYERS, layer_split, rate
+from bench.stages import Spent, stages_table
 
 
 def answer(started: float, *arrivals: float) -> Answer:
@@ -82,3 +83,13 @@ def test_a_llama_dressed_as_qwen2_computes_the_same(tiny_chat_model: Path, tmp_p
     logits = [load_model(folder)[0](token_ids) for folder in (tiny_chat_model, dressed)]
     assert json.loads((dressed / "config.json").read_text())["model_type"] == "qwen2"
     assert mx.allclose(*logits, rtol=0, atol=1e-6)
+
+
+def test_what_ranks_did_is_told_apart_by_waiting_and_by_slower_steps():
+    before = [Spent((0, 30), 1.0, 0.0, 10)], [Spent((0, 16), 1.0, 1.0, 10), Spent((16, 30), 1.0, 1.0, 10)]
+    after = [Spent((0, 30), 3.0, 0.0, 30)], [Spent((0, 16), 2.0, 4.0, 30), Spent((16, 30), 5.0, 1.0, 30)]
+    spent = {f"P = {len(ranks)}": [a.since(b) for a, b in zip(ranks, old)] for ranks, old in zip(after, before)}
+    lines = stages_table(spent).splitlines()
+    assert lines[2] == "| P = 1 | 0 | [0, 30) | 100% | 100.0 | 1.00 |"
+    assert lines[3] == "| P = 2 | 0 | [0, 16) | 25% | 50.0 | 2.50 |"
+    assert lines[4] == "|  | 1 | [16, 30) | 100% | 200.0 |  |"
