@@ -16,6 +16,25 @@ from api.errors import ApiError
 from server.protocol import SamplingParams, SequenceOutput, Submit, TokenLogprobs
 
 
+class PromptLogprobs:
+    """Those of one prompt, from its second token on. All its choices have them; the first one's generation asks."""
+
+    def __init__(self, num_prompt_tokens: int) -> None:
+        self.values: list[TokenLogprobs] = []
+        self._num_wanted = num_prompt_tokens - 1
+        self._are_complete = asyncio.Event()
+        self.put(1, [])
+
+    def put(self, start: int, values: list[TokenLogprobs]) -> None:
+        """Of the tokens from index `start` on, over what is there: a prompt may be read again."""
+        self.values[start - 1 : start - 1 + len(values)] = values
+        if len(self.values) >= self._num_wanted:
+            self._are_complete.set()
+
+    async def complete(self) -> None:
+        await self._are_complete.wait()
+
+
 @dataclass(eq=False)
 class Generation:
     """Times are those of the engine client's clock, in seconds."""
@@ -29,7 +48,7 @@ class Generation:
     owner: str | None = None  # label of the API key that sent it
     request_id: str = field(default_factory=lambda: secrets.token_hex(16))
     output_token_ids: list[int] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's second token and so on
+    prompt_logprobs: PromptLogprobs | None = None  # whoever's generation asks the ring for them
     accepted_at: float = 0.0
     progressed_at: float = 0.0
     started_at: float | None = None
@@ -85,9 +104,8 @@ class Generation:
                 self.first_token_at = now
             self.last_token_at = now
             self.output_token_ids += output.token_ids
-        if output.prompt_logprobs:  # over those that are there: a prompt is read again after a preemption
-            start = output.prompt_logprobs_start - 1
-            self.prompt_logprobs[start : start + len(output.prompt_logprobs)] = output.prompt_logprobs
+        if output.prompt_logprobs and self.prompt_logprobs is not None:
+            self.prompt_logprobs.put(output.prompt_logprobs_start, output.prompt_logprobs)
         if output.token_ids or output.finish_reason is not None:
             self._outputs.put_nowait(output)
 
@@ -102,11 +120,16 @@ class Generation:
         return "length" if len(self.output_token_ids) >= self.max_tokens else None
 
     async def outputs(self) -> AsyncGenerator[SequenceOutput, None]:
-        """Each step's output until the one with a finish reason. Raises the ApiError it failed with."""
+        """Each step's output until the one with a finish reason, none before its prompt's logprobs, where it has them.
+
+        Raises the ApiError it failed with.
+        """
         while True:
             output = await self._outputs.get()
             if isinstance(output, ApiError):
                 raise output
+            if self.prompt_logprobs is not None:
+                await self.prompt_logprobs.complete()
             yield output
             if output.finish_reason is not None:
                 return

@@ -19,7 +19,7 @@ from api.chat.prompt import ChatPrompt, chat_prompt
 from api.completions.prompts import completion_prompts
 from api.engine_client import EngineClient
 from api.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
-from api.generation import Generation
+from api.generation import Generation, PromptLogprobs
 from api.output.reader import OutputFormat
 from api.sampling import SEED_BITS, sampling_params
 from api.schemas.base import SamplingFields
@@ -111,19 +111,23 @@ class Service:
             if (request.min_tokens or 0) > max_tokens:
                 message = f"Invalid 'min_tokens': {request.min_tokens} is more than the answer may have ({max_tokens})."
                 raise InvalidRequest(message, param="min_tokens", code="invalid_value")
+            scores = PromptLogprobs(len(token_ids)) if plan.sampling.prompt_logprobs is not None else None
             for number in range(plan.num_choices):
                 index = place * plan.num_choices + number
                 # Choices differ by their seeds; a prompt's first one is what it would be alone.
-                seed = (plan.sampling.seed + number) % 2**SEED_BITS
+                sampling = msgspec.structs.replace(plan.sampling, seed=(plan.sampling.seed + number) % 2**SEED_BITS)
+                if number:  # a prompt that is scored is read whole: once is enough, the others start from there
+                    sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
                 generation = Generation(
                     prompt_token_ids=token_ids,
-                    sampling=msgspec.structs.replace(plan.sampling, seed=seed),
+                    sampling=sampling,
                     max_tokens=max_tokens,
                     max_tokens_given=request.token_limit is not None,
                     stop_token_ids=[] if request.ignore_eos else tokenizer.stop_token_ids,
                     priority=request.priority or 0,
                     owner=caller.label,
                     request_id=f"{plan.answer_id}-{index}" if index else plan.answer_id,
+                    prompt_logprobs=scores,
                 )
                 choices.append(Choice(index, generation, tokenizer.output_reader(plan.output, request.stop or ())))
         self.supervisor.accepting()  # the ring may have been given up while the prompt was made

@@ -137,8 +137,8 @@ class CompletionFormat:
         if self._request.logprobs is None:
             return None
         logprobs = LogprobsOfChoice(self._prompt_text(choice), self._request.logprobs, self._token_text)
-        if self._request.echo:
-            logprobs.add_prompt(choice.generation.prompt_token_ids, choice.generation.prompt_logprobs)
+        if (of_prompt := choice.generation.prompt_logprobs) is not None:
+            logprobs.add_prompt(choice.generation.prompt_token_ids, of_prompt.values)
         return logprobs
 
     def _shown(self, tokens: list[DrawnToken]) -> list[DrawnToken]:

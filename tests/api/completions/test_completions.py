@@ -188,6 +188,45 @@ def test_logprobs_have_openai_s_legacy_form(tmp_path: Path, tiny_chat_model: Pat
     run(test())
 
 
+def test_a_prompt_is_scored_by_its_first_answer_and_the_others_wait_for_it(tmp_path: Path, tiny_chat_model: Path):
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model) as app:
+            asking = post(app, prompt=["one two three", "four five"], n=2, logprobs=1, echo=True, stream=True)
+            requests = await submits(app, 4)
+            assert [submit.sampling.prompt_logprobs for submit in requests] == [1, None, 1, None]
+            for place in (1, 3, 2):  # the second answers are ready before their prompts are scored
+                answer(app, requests[place], " six")
+            await app.until(lambda: len(app.client.generations) == 1)
+            # Part of a prompt is scored, and its reading begins anew on another ring or after a preemption.
+            first, num_scored = requests[0], len(requests[0].prompt_token_ids) - 1
+            scored = likely(first.prompt_token_ids[1:], 1, -7.0)[: num_scored - 1]
+            app.engine.send(
+                StepOutput([SequenceOutput(first.request_id, prompt_logprobs=scored, prompt_logprobs_start=1)])
+            )
+            answer(app, first, " six")
+            *chunks, _ = events((await asking).text)
+            for index, prompt in enumerate(["one two three"] * 2 + ["four five"] * 2):
+                own = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+                assert "".join(choice["text"] for choice in own) == f"{prompt} six"
+                values = [value for choice in own for value in choice["logprobs"]["token_logprobs"]]
+                prompt_ids, sampled = app.ids(prompt), app.ids(" six")
+                assert values == [None, *[-2.0] * (len(prompt_ids) - 1), *[-0.5] * (len(sampled) + 1)]
+
+    run(test())
+
+
+def test_an_answer_whose_prompt_cannot_be_scored_ends_with_the_error(tmp_path: Path, tiny_chat_model: Path):
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model) as app:
+            asking = post(app, prompt="one two", n=2, logprobs=1, echo=True)
+            first, second = await submits(app, 2)
+            answer(app, second, " three")
+            app.engine.send(StepOutput([SequenceOutput(first.request_id, finish_reason="error", error="broken")]))
+            assert_openai_error(await asking, 500)
+
+    run(test())
+
+
 def test_a_token_that_is_part_of_a_character_is_named_by_its_bytes(tmp_path: Path, tiny_chat_model: Path):
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model) as app:

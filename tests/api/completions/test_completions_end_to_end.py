@@ -55,6 +55,18 @@ def test_prompts_are_scored_as_mlx_lm_scores_them(complete: Complete, reference:
     assert completion.usage.completion_tokens == 0
 
 
+def test_every_answer_to_a_prompt_has_the_scores_of_its_one_reading(complete: Complete, reference: Any):
+    logprobs, tokenizer = reference
+    text = " ".join(f"word {number}" for number in range(60))
+    expected = logprobs(tokenizer.encode(text))
+    options: dict[str, Any] = {"prompt": text, "n": 3, "logprobs": 1, "max_tokens": 4, "seed": 5}
+    answers = [choice.text for choice in complete(**options).choices]
+    completion = complete(**options, echo=True)
+    assert [choice.text for choice in completion.choices] == [text + answer for answer in answers]
+    for choice in completion.choices:
+        assert choice.logprobs.token_logprobs[1 : len(expected) + 1] == pytest.approx(expected, abs=1e-3)
+
+
 def test_an_answer_is_scored_as_mlx_lm_scores_it_under_temperature_and_bias(complete: Complete, reference: Any):
     logprobs, tokenizer = reference
     completion = complete(
