@@ -6,6 +6,7 @@ It finds what a request refers to and says which field of the request an item ca
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 from collections.abc import Sequence
@@ -84,6 +85,25 @@ async def context_of(request: ContextFields, store: ResponseStore, owner: str | 
     if not items:
         raise InvalidRequest("Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
     return items
+
+
+def later_turns(items: Sequence[ContextItem]) -> list[int]:
+    """Where the context may begin instead: at later messages of the user that part no call from its output."""
+    called: dict[str, int] = {}
+    begun = [0] * (len(items) + 1)  # calls whose outputs are still to come, as changes from place to place
+    for place, context in enumerate(items):
+        match context.item:
+            case FunctionCall(call_id=call_id):
+                called[call_id] = place
+            case FunctionCallOutput(call_id=call_id) if call_id in called:
+                begun[called[call_id] + 1] += 1
+                begun[place + 1] -= 1
+    num_open = itertools.accumulate(begun)
+    return [
+        place
+        for place, (item, parted) in enumerate(zip(items, num_open))
+        if item.begins_a_turn and place and not parted
+    ]
 
 
 def from_turn(items: Sequence[ContextItem], start: int) -> list[ContextItem]:

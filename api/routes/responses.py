@@ -20,7 +20,7 @@ from starlette.responses import Response
 from api.caller import caller_of
 from api.delivery import counting_refusals, deliver_stream, deliver_whole, receive
 from api.errors import ContextLengthExceeded, InvalidRequest, ResponseNotFound, UnsupportedParameter
-from api.responses.context import ContextItem, context_of, from_turn
+from api.responses.context import ContextItem, context_of, from_turn, later_turns
 from api.responses.response_format import ResponseFormat
 from api.responses.store import ResponseStore, StoredItem, StoredResponse
 from api.responses.translation import Chat, chat_of
@@ -120,8 +120,7 @@ def _fitting_chat(
     whole = chat_of(asked, context, model)
     if asked.truncation != "auto" or _fits(whole, service):
         return whole
-    # It may begin at any later message of the user instead, so that no call is parted from its output.
-    turns = [place for place, item in enumerate(context) if place and item.begins_a_turn]
+    turns = later_turns(context)
 
     def chat_from(start: int) -> Chat:
         return chat_of(asked, from_turn(context, start), model)

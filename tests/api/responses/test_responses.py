@@ -329,3 +329,18 @@ def test_truncation_drops_the_oldest_turns_until_the_rest_fits(tmp_path: Path, t
             )
 
     run(test())
+
+
+def test_truncation_never_parts_a_call_from_its_output(tmp_path: Path, tiny_chat_model: Path):
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model, {"max_sequence_length": 90}) as app:
+            call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
+            output = {"type": "function_call_output", "call_id": "a", "output": "seven"}
+            old = message("user", "one two three " * 10)
+            input = [old, call, message("user", "what?"), output, message("user", "four"), message("user", "five")]
+            asking = post(app, input=input, max_output_tokens=8, truncation="auto")
+            submit = await app.answer("answer")
+            assert (await asking).status_code == 200
+            assert submit.prompt_token_ids == await chat_prompt(app, *input[4:])
+
+    run(test())
