@@ -170,6 +170,7 @@ class Admission:
     def _start(self, sequence: Sequence, key: bytes, hit: Hit | None, *, takes: bool) -> None:
         num_cached = hit.num_tokens if hit else 0
         sequence.has_caches = True
+        sequence.awaits_grammar = sequence.submit.sampling.grammar is not None
         sequence.num_computed_tokens = num_cached
         # Its caches are kept on the way where it shares so much with an earlier one whose caches could not be cut.
         shared = self.prefix.num_shared_tokens(key)

@@ -91,7 +91,8 @@ class Frame(msgspec.Struct, frozen=True, omit_defaults=True):
     """One step of one micro-batch. `rows` are in the order of the group's rows, or the sequences being prefilled.
 
     Prefill frames (`group_id` None) run the next part of one prompt, or of several short ones, and draw no token;
-    decode frames run one token a row and draw the next. A frame without rows only changes caches.
+    decode frames run one token a row and draw the next. A frame without rows only changes caches, or asks whether a
+    grammar is compiled, where nothing else is left to do.
     """
 
     frame_id: int
@@ -99,6 +100,7 @@ class Frame(msgspec.Struct, frozen=True, omit_defaults=True):
     rows: list[Row] = []
     group_id: int | None = None
     after_idle: bool = False  # the ring had nothing to do before: what a rank waited for it is no bubble
+    awaits_grammar: bool = False  # the last rank may wait a moment for one
 
 
 class StepHeader(msgspec.Struct, tag="step", frozen=True):
@@ -120,6 +122,7 @@ class ResultHeader(msgspec.Struct, tag="result", frozen=True):
     frame_id: int
     stage_seconds: list[float] = []  # what each stage took for it, in rank order
     failures: dict[int, str] = {}  # sequences that cannot go on, and why
+    ready: list[int] = []  # sequences with a grammar that could not be followed yet, and now can
 
 
 Header = StepHeader | ResultHeader

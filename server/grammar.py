@@ -1,18 +1,17 @@
 """Follows the grammars of the running requests: which tokens each may draw next. Last rank only.
 
 A sequence with a grammar has a matcher of llguidance. The tokens drawn advance it, and its next mask is computed in a
-thread while the frame travels; grammars are compiled in another thread, so that nobody's masks wait for it. It must
-never fail the ring: what goes wrong with a grammar is that sequence's failure. The sampler calls it, from the compute
-thread.
+thread while the frame travels. Until its grammar is compiled a sequence is not ready, and rank 0 lets it join no group.
+It must never fail the ring: what goes wrong with a grammar is that sequence's failure. The sampler calls it, from the
+compute thread.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,12 +19,12 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits
 from llguidance.numpy import fill_next_token_bitmask_par
 
+from server.grammar_compiler import GrammarCompiler, UnusableGrammar, why
 from server.protocol import SamplingParams
-from server.vocabulary import Stops, Vocabulary, load_vocabulary
+from server.vocabulary import Stops
 
 logger = logging.getLogger(__name__)
 
-MAX_COMPILED = 8  # grammars that are kept for the next request that has them; each may have grown to 100 MB
 _LONGEST_WAIT_S = 15.0  # of a step for its grammars; far from STEP_TIMEOUT, which would take the ring for wedged
 # A mask takes 10 ms of a core at most, a lexer's states take 100 MB. An object with hundreds of optional properties
 # makes long rows. What compiling takes is bounded by the api, before a grammar comes here.
@@ -66,26 +65,17 @@ class Grammars:
     """
 
     def __init__(self, model_path: Path, vocab_size: int, limits: LLParserLimits = LIMITS) -> None:
-        self._model_path = model_path
-        self._vocab_size = vocab_size
-        self._limits = limits
         self._num_words = -(-vocab_size // 32)
         self._sequences: dict[int, _Sequence] = {}
+        self._not_ready: dict[int, _Sequence] = {}  # those of which rank 0 has not heard yet that they are
         self._changed = threading.Condition()  # a sequence is ready, or has failed
-        self._compiler = ThreadPoolExecutor(1, "grammar-compiler")
+        self._compiler = GrammarCompiler(model_path, vocab_size, limits, self._is_wanted)
         self._matching = ThreadPoolExecutor(1, "grammar-masks")
-        # Of the compiler's thread alone:
-        self._vocabulary: Vocabulary | None = None
-        self._unusable: str | None = None
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
-        # Of the masks' thread alone:
-        self._executor: LLExecutor | None = None
+        self._executor: LLExecutor | None = None  # of the masks' thread alone
 
     def warm(self, delay_s: float = 0.0) -> None:
         """Load the vocabulary then, in the background, if no request with a grammar has needed it before."""
-        timer = threading.Timer(delay_s, lambda: self._compiler.submit(self._guard, self._load, []))
-        timer.daemon = True
-        timer.start()
+        self._compiler.warm(delay_s)
 
     # -- the compute thread's calls ----------------------------------------------------------------------------------
 
@@ -96,13 +86,28 @@ class Grammars:
         if params.grammar is None:
             return
         sequence = _Sequence(params.grammar, num_prompt_tokens, frozenset(stop_token_ids))
-        self._sequences[sequence_id] = sequence
-        self._compiler.submit(self._guard, self._compile, [sequence])
+        self._sequences[sequence_id] = self._not_ready[sequence_id] = sequence
+        self._compile(sequence)
 
     def forget(self, sequence_id: int) -> None:
         """Drop a sequence, known or not."""
+        self._not_ready.pop(sequence_id, None)
         if (sequence := self._sequences.pop(sequence_id, None)) is not None:
-            sequence.failure = "forgotten"  # so that it is not compiled any more
+            sequence.failure = "forgotten"  # so that its grammar is not compiled any more
+
+    def newly_ready(self, wait_s: float = 0.0) -> list[int]:
+        """The admitted sequences that have their first mask since this was asked last, or have failed.
+
+        Waits for one of them at most `wait_s`, where there are any to wait for.
+        """
+        if not self._not_ready:
+            return []
+        with self._changed:
+            self._changed.wait_for(lambda: any(one.is_ready for one in self._not_ready.values()), wait_s)
+        ready = [sequence_id for sequence_id, sequence in self._not_ready.items() if sequence.is_ready]
+        for sequence_id in ready:
+            del self._not_ready[sequence_id]
+        return ready
 
     def observe(self, sequence_id: int, token_ids: Sequence[int]) -> None:
         """Tokens that ran, in order from the first. The prompt's, and those that `drawn` took, say nothing new."""
@@ -125,7 +130,9 @@ class Grammars:
         wrong.failure = "replaced"
         sequence = _Sequence(wrong.grammar, wrong.num_prompt_tokens, wrong.stop_ids, wrong.num_seen, output)
         self._sequences[sequence_id] = sequence
-        self._compiler.submit(self._guard, self._compile, [sequence])
+        if sequence_id in self._not_ready:
+            self._not_ready[sequence_id] = sequence
+        self._compile(sequence)
 
     def bitmasks(self, sequence_ids: Sequence[int]) -> np.ndarray | None:
         """What each sequence may draw next: a bit a token, in words of 32; None where no sequence has a grammar.
@@ -185,50 +192,36 @@ class Grammars:
             sequence.failure = f"The grammar of this request cannot be followed: {why[:_MESSAGE_LENGTH]}"
             self._changed.notify_all()
 
-    def _load(self, _: Sequence[_Sequence] = ()) -> None:
-        if self._vocabulary is None and self._unusable is None:
-            try:
-                self._vocabulary = load_vocabulary(self._model_path, self._vocab_size)
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                self._unusable = f"the model's tokenizer is of no use for it: {error}"
-                logger.warning("requests with a grammar will fail: %s", self._unusable)
+    def _is_wanted(self, grammar: str) -> bool:
+        return any(one.grammar == grammar and one.failure is None for one in list(self._sequences.values()))
 
-    def _compile(self, sequences: list[_Sequence]) -> None:
-        """Give each its matcher."""
-        self._load()
-        for sequence in sequences:
-            if sequence.failure is not None:
-                continue
-            if self._vocabulary is None:
-                self._fail(sequence, self._unusable or "")
-                continue
-            matcher = self._matcher(sequence.grammar, self._vocabulary, is_private=sequence.is_private)
-            if matcher.is_error():
-                self._fail(sequence, _why(matcher))
-                continue
-            sequence.stops = self._vocabulary.stops(sequence.stop_ids)
-            sequence.matcher = matcher
-            self._follow([sequence])
+    def _compile(self, sequence: _Sequence) -> None:
+        """Have it get its matcher."""
+        compile = self._compiler.compile_anew if sequence.is_private else self._compiler.compile
 
-    def _matcher(self, grammar: str, vocabulary: Vocabulary, *, is_private: bool) -> LLMatcher:
-        """Copies share a lexer, which learns as it goes; a private one shares nothing."""
-        if is_private:
-            self._compiled.pop(grammar, None)  # it has failed one
-            return LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=self._limits)
-        if (matcher := self._compiled.pop(grammar, None)) is None:
-            matcher = LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=self._limits)
-        if not matcher.is_error():
-            self._compiled[grammar] = matcher
-            if len(self._compiled) > MAX_COMPILED:
-                self._compiled.popitem(last=False)
-        return matcher.deep_copy()
+        def begin(compiled: Future[LLMatcher]) -> None:
+            self._guard(lambda _: self._begin(sequence, compiled), [sequence])
+
+        compile(sequence.grammar).add_done_callback(begin)
+
+    def _begin(self, sequence: _Sequence, compiled: Future[LLMatcher]) -> None:
+        if sequence.failure is not None:
+            return
+        try:
+            matcher = compiled.result()
+        except UnusableGrammar as error:
+            self._fail(sequence, str(error))
+            return
+        sequence.stops = self._compiler.vocabulary.stops(sequence.stop_ids)
+        sequence.matcher = matcher if sequence.is_private else matcher.deep_copy()
+        self._follow([sequence])
 
     def _advance(self, sequences: list[_Sequence]) -> None:
         """Bring matchers and masks up to date, where they are not yet and there is a matcher."""
-        vocabulary = self._vocabulary
         behind = [(one, one.matcher) for one in sequences if one.matcher is not None and not one.is_ready]
-        if not behind or vocabulary is None:
+        if not behind:
             return
+        vocabulary = self._compiler.vocabulary
         for sequence, matcher in behind:
             new = sequence.output[sequence.num_taken :]
             sequence.num_taken += len(new)
@@ -241,7 +234,7 @@ class Grammars:
         with self._changed:
             for (sequence, matcher), row in zip(behind, allowed.view(np.uint32), strict=True):
                 if matcher.is_error():
-                    self._give_up(sequence, _why(matcher))
+                    self._give_up(sequence, why(matcher))
                 elif (mask := vocabulary.mask(row, sequence.stops)).any():
                     sequence.mask, sequence.num_masked = mask, sequence.num_taken
                 else:
@@ -256,8 +249,4 @@ class Grammars:
             self._fail(sequence, why)
             return
         sequence.is_private, sequence.matcher, sequence.num_taken = True, None, 0
-        self._compiler.submit(self._guard, self._compile, [sequence])
-
-
-def _why(matcher: LLMatcher) -> str:
-    return matcher.get_error().partition("\n<")[0]
+        self._compile(sequence)

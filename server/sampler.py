@@ -148,6 +148,10 @@ class Sampler:
         self._grammars.drawn(sequence_ids, token_ids.tolist())  # type: ignore[arg-type]
         return self._grammars.failures(sequence_ids)
 
+    def newly_ready(self, wait_s: float) -> list[int]:
+        """Sequences whose grammars can be followed now, which this was not asked about yet; waits for one so long."""
+        return [] if self._grammars is None else self._grammars.newly_ready(wait_s)
+
     def _bans(self, batch: _BatchParams, sequence_ids: list[int], positions: list[int]) -> np.ndarray | None:
         """What each row may not draw, (rows, vocab_size): -inf, and 0 for what it may; None: anything.
 

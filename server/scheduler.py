@@ -156,6 +156,8 @@ class Scheduler:
         self._note_times(done, result.stage_seconds, round_trip_s)
         if done.group is not None:
             done.group.is_in_flight = False
+        if result.ready:
+            self._note_ready(result.ready)
         results = row_results(done.rows, tensors, has_drawn=done.group is not None)
         outputs = [
             self._output(sequence, row, given, result.failures.get(sequence.sequence_id))
@@ -163,6 +165,12 @@ class Scheduler:
             if sequence.status is not SequenceStatus.FINISHED  # cancelled meanwhile
         ]
         return [output for output in outputs if output is not None]
+
+    def _note_ready(self, sequence_ids: list[int]) -> None:
+        """Who was preempted since and is admitted again may have to wait after all, in its group: not for long."""
+        for sequence in self._groups.members():
+            if sequence.sequence_id in sequence_ids:
+                sequence.awaits_grammar = False
 
     def _output(self, sequence: Sequence, row: Row, given: RowResult, failure: str | None) -> SequenceOutput | None:
         """Take what a row gave; None where it is nothing to its request."""
@@ -279,14 +287,22 @@ class Scheduler:
         return self._step(token_ids, _InFlight(group, rows, num_groups))
 
     def _only_operations(self) -> Step | None:
-        """Nobody runs, but somebody left: let the ranks free the memory now."""
-        return self._step([], _InFlight()) if self._admission.has_changes else None
+        """Nobody runs, but somebody left: let the ranks free the memory now. Or whoever is left waits for a grammar."""
+        awaits = not self._in_flight and any(member.only_awaits_grammar for member in self._groups.members())
+        return self._step([], _InFlight(), awaits_grammar=awaits) if awaits or self._admission.has_changes else None
 
-    def _step(self, token_ids: list[list[int]], in_flight: _InFlight) -> Step:
+    def _step(self, token_ids: list[list[int]], in_flight: _InFlight, *, awaits_grammar: bool = False) -> Step:
         changes = self._admission.take_changes()
         rows = [row for _, row in in_flight.rows]
         group_id = None if in_flight.group is None else in_flight.group.group_id
-        frame = Frame(next(self._frame_ids), changes.operations, rows, group_id, after_idle=self._is_idle)
+        frame = Frame(
+            next(self._frame_ids),
+            changes.operations,
+            rows,
+            group_id,
+            after_idle=self._is_idle,
+            awaits_grammar=awaits_grammar,
+        )
         self._is_idle = False
         in_flight.was_clean = not any(other.num_prefill_tokens for other in self._in_flight.values())
         self._in_flight[frame.frame_id] = in_flight

@@ -37,6 +37,7 @@ class Sequence:
     waits_for: Sequence | None = None  # which is reading a prefix that both have
     num_awaited_tokens: int = 0  # of that prefix
     checkpoints: set[int] = field(default_factory=set)  # lengths at which its caches are kept for others
+    awaits_grammar: bool = False  # it can be followed by the last rank only when it is compiled
     was_started: bool = False  # counted among the prompts that were begun
 
     def __post_init__(self) -> None:
@@ -77,6 +78,15 @@ class Sequence:
     @property
     def can_join(self) -> bool:
         """True when it only has to join the rows of its group to decode."""
+        return self._is_read and not self.awaits_grammar
+
+    @property
+    def only_awaits_grammar(self) -> bool:
+        """True when it could join but for that."""
+        return self._is_read and self.awaits_grammar
+
+    @property
+    def _is_read(self) -> bool:
         return self.status is SequenceStatus.ADMITTED and self.has_caches and not self.num_tokens_to_prefill
 
     @property

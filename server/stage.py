@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 # frees, so that the next one allocates nothing: mostly some float32 copies of the logits (32 rows of 256k: 32 MiB).
 # What prefill and rearranged caches free is given back at once.
 BUFFER_CACHE_BYTES = 256 * MIB
+_GRAMMAR_WAIT_S = 0.02  # a newcomer waits so long at most; without it the ring would do nothing but ask
 
 
 class Stage:
@@ -94,8 +95,9 @@ class Stage:
         if self._sampler is not None and frame.group_id is not None:
             failures = self._sampler.drawn([row.sequence_id for row in frame.rows], outgoing[0])
         stage_seconds = [*header.stage_seconds, time.perf_counter() - started]
-        if self._model.is_last:
-            return ResultHeader(frame.frame_id, stage_seconds, failures), outgoing
+        if self._sampler is not None:
+            ready = self._sampler.newly_ready(_GRAMMAR_WAIT_S if frame.awaits_grammar else 0.0)
+            return ResultHeader(frame.frame_id, stage_seconds, failures, ready), outgoing
         return StepHeader(frame, structure, stage_seconds), [*arrays[:1], *outgoing]
 
     def _run_rows(self, header: StepHeader, arrays: Sequence[mx.array]) -> tuple[Any, list[mx.array]]:

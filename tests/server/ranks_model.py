@@ -162,10 +162,18 @@ class Ring:
     """A scheduler and its ranks, with frames in flight between them, which come back in order.
 
     `seconds(rows or tokens of prefill)`: what a stage takes for a step; a frame takes no time otherwise. `failures`:
-    sequences that the last rank says cannot go on.
+    sequences that the last rank says cannot go on. A grammar is compiled `grammar_frames` after it came.
     """
 
-    def __init__(self, budget: KVBudget, *, num_stages: int = 1, seconds=lambda rows: 0.01, **options: Any) -> None:
+    def __init__(
+        self,
+        budget: KVBudget,
+        *,
+        num_stages: int = 1,
+        seconds=lambda rows: 0.01,
+        grammar_frames: int = 0,
+        **options: Any,
+    ) -> None:
         defaults: dict[str, Any] = {
             "max_sequence_length": budget.capacity_tokens,
             "max_running": 8,
@@ -182,7 +190,9 @@ class Ring:
         self.failures: dict[int, str] = {}
         self.steps: list[Step] = []
         self._submitted: dict[str, Submit] = {}
-        self._in_flight: deque[tuple[Step, list[list[Any]]]] = deque()
+        self._grammar_frames = grammar_frames
+        self._compiling: dict[int, int] = {}  # sequences, and frames until their grammars are compiled
+        self._in_flight: deque[tuple[Step, list[list[Any]], list[int]]] = deque()
 
     def submit(self, name: str, prompt: int | list[int] = 10, max_tokens: int = 5, **options) -> None:
         token_ids = [100 + i for i in range(prompt)] if isinstance(prompt, int) else prompt
@@ -194,18 +204,32 @@ class Ring:
         """Put one more frame into the ring, if the scheduler has one."""
         if (step := self.scheduler.schedule()) is not None:
             self.steps.append(step)
-            self._in_flight.append((step, self.ranks.run(step)))
+            self._in_flight.append((step, self.ranks.run(step), self._newly_ready(step)))
         return step
+
+    def _newly_ready(self, step: Step) -> list[int]:
+        for operation in step.frame.operations:
+            if isinstance(operation, Admit) and operation.sampling.grammar is not None:
+                self._compiling[operation.sequence_id] = self._grammar_frames
+        ready = [sequence_id for sequence_id, left in self._compiling.items() if not left]
+        self._compiling = {
+            sequence_id: left - 1
+            for sequence_id, left in self._compiling.items()
+            if left and self.ranks.holds(sequence_id)
+        }
+        return ready
 
     def receive(self) -> list[SequenceOutput]:
         """The oldest frame comes back."""
-        step, tensors = self._in_flight.popleft()
+        step, tensors, ready = self._in_flight.popleft()
         width = max((row.num_tokens for row in step.frame.rows), default=0)
         seconds = self.seconds(len(step.frame.rows) * width)
         times = [seconds] * self.num_stages
         rows = {row.sequence_id for row in step.frame.rows if step.frame.group_id is not None}
         failures = {sequence_id: why for sequence_id, why in self.failures.items() if sequence_id in rows}
-        outputs = self.scheduler.complete(ResultHeader(step.frame.frame_id, times, failures), tensors, sum(times))
+        outputs = self.scheduler.complete(
+            ResultHeader(step.frame.frame_id, times, failures, ready), tensors, sum(times)
+        )
         for output in outputs:
             self._take(output)
         return outputs

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from llguidance import LLParserLimits
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.structured.grammar import json_object, json_schema
 from server.grammar import Grammars
+from server.grammar_compiler import UnusableGrammar
 from server.protocol import SamplingParams
 from tests.grammars import PROMPT, Answer, decoded, num_tokens, token_id_of
 from tests.tiny_chat_model import END_OF_TEXT, END_OF_TURN, START_OF_TURN, VOCAB_SIZE
@@ -169,7 +172,7 @@ def test_a_grammar_that_takes_too_long_fails_and_the_others_go_on(
 ):
     monkeypatch.setattr("server.grammar._LONGEST_WAIT_S", 0.05)
     other = begin(BICYCLE, seed=1)
-    monkeypatch.setattr(grammars, "_compile", lambda sequences: None)
+    monkeypatch.setattr(grammars, "_compile", lambda sequence: None)
     grammars.admit(-13, SamplingParams(grammar=LETTERS), len(PROMPT), stop_ids)
     masks = grammars.bitmasks([other.sequence_id, -13])
     assert masks is not None and (masks[1] == -1).all()
@@ -177,6 +180,47 @@ def test_a_grammar_that_takes_too_long_fails_and_the_others_go_on(
     assert other.failure is None
     np.testing.assert_array_equal(masks[0], other.mask())
     grammars.forget(-13)
+
+
+def test_slow_grammars_are_compiled_side_by_side_and_each_sequence_is_ready_when_its_own_is(
+    tiny_chat_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    together = threading.Barrier(2, timeout=10)
+    may_end = threading.Event()
+
+    def compiled(tokenizer: LLTokenizer, grammar: str, **options: Any) -> LLMatcher:
+        if "slow" in grammar:
+            together.wait()  # both of them at once
+            assert may_end.wait(10)
+        return LLMatcher(tokenizer, grammar, **options)
+
+    monkeypatch.setattr("server.grammar_compiler.LLMatcher", compiled)
+    grammars = Grammars(tiny_chat_model, VOCAB_SIZE)
+    for sequence_id, grammar in enumerate(["start: /slow a/", "start: /slow b/", "start: /slow b/", "start: /c/"]):
+        grammars.admit(sequence_id, SamplingParams(grammar=grammar), len(PROMPT), [])
+    grammars.admit(4, SamplingParams(), len(PROMPT), [])
+    assert grammars.newly_ready(10) == [3] and grammars.newly_ready() == []
+    grammars.forget(2)
+    may_end.set()
+    ready: list[int] = []
+    while len(ready) < 2:
+        ready += grammars.newly_ready(10)
+    assert sorted(ready) == [0, 1] and grammars.newly_ready(10) == []
+    assert grammars.failures(range(5)) == {}
+
+
+def test_a_grammar_that_nobody_wants_any_more_is_not_compiled_until_somebody_does(tiny_chat_model: Path):
+    grammars = Grammars(tiny_chat_model, VOCAB_SIZE)
+    with grammars._compiler._loading:  # all its threads are busy
+        for sequence_id in range(4):
+            grammars.admit(sequence_id, SamplingParams(grammar=f"start: /{sequence_id}/"), len(PROMPT), [])
+        grammars.admit(4, SamplingParams(grammar=LETTERS), len(PROMPT), [])
+        unwanted = grammars._compiler.compile(LETTERS)
+        grammars.forget(4)
+    with pytest.raises(UnusableGrammar):
+        unwanted.result(10)
+    answer = Answer(grammars, 5, LETTERS, [1])
+    assert answer.failure is None and answer.allowed()
 
 
 def test_sequences_with_and_without_a_grammar_share_a_batch(begin: Begin, grammars: Grammars):

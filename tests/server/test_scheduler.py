@@ -12,6 +12,8 @@ from server.kv_budget import MIB, CacheCost
 from server.protocol import SamplingParams, TokenLogprobs
 from tests.server.ranks_model import Ring, answer, logprobs_of, make_budget
 
+GRAMMAR = SamplingParams(grammar="start: /a/")
+
 
 def prompt_of(num_tokens: int, first: int = 100) -> list[int]:
     return list(range(first, first + num_tokens))
@@ -443,6 +445,43 @@ def test_nothing_is_kept_where_caches_cannot_be_copied_or_the_key_says_no():
         assert not any(isinstance(op, Keep) for step in ring.steps for op in step.frame.operations)
 
 
+# -- grammars that are not compiled yet ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_a_sequence_whose_grammar_is_being_compiled_holds_up_nobody(num_stages: int):
+    ring = Ring(make_budget(4096), num_stages=num_stages, grammar_frames=12)
+    ring.submit("slow", prompt_of(20), max_tokens=3, sampling=GRAMMAR)
+    ring.submit("other", prompt_of(20, 5000), max_tokens=30)
+    ring.run(10)
+    assert len(ring.outputs["other"]) >= 5 and "slow" not in ring.outputs
+    ring.run()
+    assert ring.outputs == {"slow": answer(prompt_of(20), 3), "other": answer(prompt_of(20, 5000), 30)}
+    assert not any(step.frame.awaits_grammar for step in ring.steps), "there was always something to do"
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_the_last_rank_is_asked_by_one_frame_at_a_time_where_nobody_else_runs(num_stages: int):
+    ring = Ring(make_budget(4096), num_stages=num_stages, grammar_frames=5)
+    ring.submit("slow", 1, max_tokens=3, sampling=GRAMMAR)
+    steps = ring.run()
+    assert [step.frame.awaits_grammar for step in steps if not step.frame.rows][:6] == [True] * 6
+    assert ring.outputs == {"slow": answer(prompt_of(1), 3)}
+    ring.submit("left", 1, sampling=GRAMMAR)
+    assert ring.launch() is not None and ring.launch() is None
+    ring.scheduler.cancel("left")
+    ring.run()
+    assert "left" not in ring.outputs and ring.scheduler.num_running == 0
+
+
+def test_a_grammar_that_cannot_be_compiled_ends_its_sequence_with_an_error():
+    ring = Ring(make_budget(4096), grammar_frames=2)
+    ring.submit("broken", sampling=GRAMMAR)
+    ring.failures = {0: "start: ("}
+    ring.run()
+    assert ring.finished == {"broken": "error"}
+
+
 # -- anything at all -------------------------------------------------------------------------------------------------
 
 CACHES = {"attention": None, "windowed": WINDOWED, "state-space": STATE_SPACE}
@@ -451,6 +490,7 @@ SAMPLING = [
     SamplingParams(logprobs=2),
     SamplingParams(prompt_logprobs=0),
     SamplingParams(logprobs=0, prompt_logprobs=3),
+    SamplingParams(grammar="start: /a/"),
 ]
 
 
@@ -470,6 +510,7 @@ def test_no_sequence_is_lost_starved_or_wrong_and_the_budget_holds(data):
         budget,
         num_stages=data.draw(st.integers(1, 4), "stages"),
         seconds=lambda rows: 0.01 + per_row * rows,
+        grammar_frames=data.draw(st.sampled_from([0, 1, 9]), "frames that a grammar takes"),
         max_running=data.draw(st.integers(1, 6), "max_running"),
         chunk_tokens=data.draw(st.sampled_from([16, 256, None]), "chunk"),
         num_groups=data.draw(st.sampled_from([None, 1, 2, 3]), "groups"),
