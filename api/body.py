@@ -1,8 +1,9 @@
 """A request's body: read within its limit, and JSON without surprises.
 
 What Python's parser takes and JSON does not (NaN, Infinity), what silently loses data (a key given twice) and what
-breaks later (half a surrogate pair, a nesting without end) is refused here, so nothing behind this module meets it.
-Called by the routes that take a body.
+breaks later (half a surrogate pair, a nesting without end, values without number) is refused here, so nothing behind
+this module meets it. Large bodies are read in threads, which must not hold the interpreter for long: the event loop has
+other clients' streams to send. Called by the routes that take a body.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import time
 from collections import Counter
 from typing import Any, NoReturn
@@ -22,6 +24,9 @@ BODY_TIMEOUT_S = 60.0  # without a further byte
 DISCARD_S = 2.0  # how long the rest of a body that is too large is read, so that the client gets to read its 413
 MAX_DEPTH = 200  # pydantic writes about 250 levels, and answers repeat what was sent (tools, items)
 MAX_MEMBERS = 10_000  # of one object; each one that is wrong would make an error of its own
+MAX_VALUES = 2_000_000  # of a body, as a prompt of token ids is long
+MAX_CONTAINERS = 100_000  # objects and arrays of a body: Python's collector walks through all of them, and all wait
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 async def read_json_body(request: Request, max_bytes: int) -> bytes:
@@ -56,10 +61,12 @@ async def read_json_body(request: Request, max_bytes: int) -> bytes:
 def parse_json_object(body: bytes) -> dict[str, Any]:
     """The object of a JSON text; InvalidRequest says what is wrong with it."""
     try:
+        _check_size(body)
         value = json.loads(
             body.decode("utf-8"),
             parse_constant=_not_json,
             parse_float=_finite,
+            parse_int=_integer,
             object_pairs_hook=_members,
         )
         if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
@@ -77,6 +84,19 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     return value
 
 
+def _check_size(body: bytes) -> None:
+    """Raises ValueError for more values than any request has use for. Most bodies are cleared by a first look."""
+    if _is_within_size(body):
+        return
+    # Brackets and commas of strings do not count. A function for each, or other threads would not get their turn.
+    if not _is_within_size(_STRING.sub(lambda _: b"", body)):
+        raise ValueError(f"more than {MAX_VALUES} values, or more than {MAX_CONTAINERS} objects and arrays")
+
+
+def _is_within_size(text: bytes) -> bool:
+    return text.count(b",") < MAX_VALUES and text.count(b"[") + text.count(b"{") <= MAX_CONTAINERS
+
+
 def _check_depth(value: Any, levels_left: int) -> None:
     """Raises RecursionError for what is nested deeper than answers that repeat it can be written."""
     if isinstance(value, dict | list):
@@ -88,6 +108,11 @@ def _check_depth(value: Any, levels_left: int) -> None:
 
 def _not_json(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _integer(text: str) -> int:
+    """As Python's parser reads it, but in a function of ours: between two of them other threads get their turn."""
+    return int(text)
 
 
 def _finite(text: str) -> float:

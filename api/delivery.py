@@ -65,7 +65,9 @@ async def deliver_whole(
     """Run the answer to its end, by `run` where somebody reads the steps on the way; `render` makes the body of it."""
     try:
         await _unless_the_client_leaves(request, (run or answer.run)())
-        return Response(render().to_json(), media_type="application/json", headers=dict(headers))
+        # Logprobs of a long answer are many megabytes.
+        body = await asyncio.to_thread(lambda: render().to_json())
+        return Response(body, media_type="application/json", headers=dict(headers))
     finally:
         _note_end(answer, service, caller)
 

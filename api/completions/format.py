@@ -7,8 +7,9 @@ which appears nowhere.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 from api import sse
@@ -69,15 +70,13 @@ class CompletionFormat:
         steps = self._answer.steps()
         try:
             async for choice, step in steps:
-                echo = ""
-                if choice.index not in logprobs:
-                    echo = self._echo(choice)
-                    logprobs[choice.index] = self._logprobs_of(choice)
-                chunk = self._chunk(choice, step, echo, logprobs[choice.index])
+                is_first = choice.index not in logprobs
+                if is_first:  # a prompt and its logprobs may be long
+                    logprobs[choice.index] = await asyncio.to_thread(self._logprobs_of, choice)
                 num_open -= step.finish_reason is not None
-                if not num_open and not self._request.include_usage:
-                    chunk.performance = self._answer.performance
-                yield sse.event(chunk)
+                is_last = not num_open and not self._request.include_usage
+                write = partial(self._event, choice, step, logprobs[choice.index], is_first=is_first, is_last=is_last)
+                yield await asyncio.to_thread(write) if is_first else write()
         finally:
             await steps.aclose()
         if self._request.include_usage:
@@ -86,6 +85,14 @@ class CompletionFormat:
             last.performance = self._answer.performance
             yield sse.event(last)
         yield sse.DONE
+
+    def _event(
+        self, choice: Choice, step: Step, logprobs: LogprobsOfChoice | None, *, is_first: bool, is_last: bool
+    ) -> bytes:
+        chunk = self._chunk(choice, step, self._echo(choice) if is_first else "", logprobs)
+        if is_last:
+            chunk.performance = self._answer.performance
+        return sse.event(chunk)
 
     def _chunk(self, choice: Choice, step: Step, echo: str, logprobs: LogprobsOfChoice | None) -> Completion:
         text = "".join(delta.text for delta in step.deltas if isinstance(delta, ContentDelta))

@@ -6,10 +6,11 @@ It finds what a request refers to and says which field of the request an item ca
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from api.schemas.response_items import (
     Item,
     ItemReference,
     Reasoning,
+    ReceivedItem,
 )
 from api.schemas.responses import ContextFields
 
@@ -54,36 +56,60 @@ class ContextItem:
 
 async def context_of(request: ContextFields, store: ResponseStore, owner: str | None) -> list[ContextItem]:
     """The items of the conversation so far, then the request's. Raises InvalidRequest for what is not there."""
-    items: list[ContextItem] = []
+    earlier: list[StoredItem] = []
     if request.previous_response_id is not None:
-        earlier = await store.items(owner, request.previous_response_id, with_output=True)
-        if earlier is None:
+        found = await store.items(owner, request.previous_response_id, with_output=True)
+        if found is None:
             raise InvalidRequest(
                 f"Previous response with id '{request.previous_response_id}' not found.",
                 param="previous_response_id",
                 code="previous_response_not_found",
             )
-        items = [_read(stored, "previous_response_id") for stored in earlier]
-    referred: set[str] = set()
+        earlier = found
+    referred = {
+        place: await _referred(item.id, f"input[{place}]", store, owner) for place, item in _references(request.items)
+    }
+    items = await asyncio.to_thread(_context, request, earlier, referred)
+    if not items:
+        raise InvalidRequest("Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
+    return items
+
+
+def _references(items: Sequence[ReceivedItem]) -> list[tuple[int, ItemReference]]:
+    """With their places. Raises InvalidRequest for more than one to an item, or too many."""
+    references = [(place, item) for place, item in enumerate(items) if isinstance(item, ItemReference)]
+    known: set[str] = set()
+    for place, item in references:
+        param = f"input[{place}].id"
+        if item.id in known:
+            message = f"Invalid '{param}': the item '{item.id}' is referred to twice."
+            raise InvalidRequest(message, param=param, code="invalid_value")
+        if len(known) == MAX_REFERENCES:
+            message = f"Invalid '{param}': more than {MAX_REFERENCES} items are referred to."
+            raise InvalidRequest(message, param=param, code="array_above_max_length")
+        known.add(item.id)
+    return references
+
+
+async def _referred(item_id: str, source: str, store: ResponseStore, owner: str | None) -> StoredItem:
+    stored = await store.item(owner, item_id)
+    if stored is None:
+        message = f"Item with id '{item_id}' not found."
+        raise InvalidRequest(message, param=f"{source}.id", code="item_not_found")
+    return stored
+
+
+def _context(
+    request: ContextFields, earlier: Sequence[StoredItem], referred: Mapping[int, StoredItem]
+) -> list[ContextItem]:
+    """`referred`: items that stand at these places of the input. In a thread: a conversation may be long."""
+    items = [_read(stored, "previous_response_id") for stored in earlier]
     for place, item in enumerate(request.items):
         source = "input" if isinstance(request.input, str) else f"input[{place}]"
         if isinstance(item, ItemReference):
-            if item.id in referred:
-                message = f"Invalid '{source}.id': the item '{item.id}' is referred to twice."
-                raise InvalidRequest(message, param=f"{source}.id", code="invalid_value")
-            if len(referred) == MAX_REFERENCES:
-                message = f"Invalid '{source}.id': more than {MAX_REFERENCES} items are referred to."
-                raise InvalidRequest(message, param=f"{source}.id", code="array_above_max_length")
-            referred.add(item.id)
-            stored = await store.item(owner, item.id)
-            if stored is None:
-                message = f"Item with id '{item.id}' not found."
-                raise InvalidRequest(message, param=f"{source}.id", code="item_not_found")
-            items.append(_read(stored, source))
+            items.append(_read(referred[place], source))
         else:
             items.append(ContextItem(item, source, _to_store(item)))
-    if not items:
-        raise InvalidRequest("Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
     return items
 
 

@@ -6,6 +6,7 @@ settings it was made with, how it ended, and its way into the store. Called by t
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -46,7 +47,7 @@ class ResponseFormat:
                 self._writer.take(step)
         finally:
             await steps.aclose()
-        self._writer.finish(self._status)
+        await asyncio.to_thread(self._writer.finish, self._status)
 
     def whole(self) -> schema.Response:
         response = self._ended(self._status)
@@ -75,10 +76,14 @@ class ResponseFormat:
             return
         finally:
             await steps.aclose()
-        for event in self._writer.finish(self._status):
-            yield sse.named_event(event.type, event)
+        for event in await asyncio.to_thread(self._end):
+            yield event
+
+    def _end(self) -> list[bytes]:
+        """The last events. They repeat all that was said, logprobs too: in a thread."""
+        events = [sse.named_event(event.type, event) for event in self._writer.finish(self._status)]
         response = self.whole()
-        yield self._lifecycle(f"response.{response.status}", response)
+        return [*events, self._lifecycle(f"response.{response.status}", response)]
 
     def _failure(self, error: ApiError) -> list[bytes]:
         """How a stream that has begun ends where something goes wrong."""

@@ -31,7 +31,7 @@ async def create_message(request: Request) -> Response:
     service = service_of(request)
     with counting_refusals(service):
         asked, headers = await receive(request, MessagesRequest, service)
-        translation = _translated(asked, service, headers)
+        translation = await asyncio.to_thread(_translated, asked, service, headers)
         caller = caller_of(request, user_id=asked.metadata.user_id if asked.metadata else None)
         try:
             answer = await service.chat(translation.chat, caller, f"msg_{secrets.token_hex(16)}", may_shrink=True)
@@ -49,7 +49,7 @@ async def create_message(request: Request) -> Response:
 async def count_tokens(request: Request) -> Response:
     service = service_of(request)
     asked, headers = await receive(request, CountTokensRequest, service)
-    translation = _translated(asked, service, headers)
+    translation = await asyncio.to_thread(_translated, asked, service, headers)
     try:
         prompt = await asyncio.to_thread(service.chat_prompt, translation.chat)
     except ApiError as error:

@@ -16,7 +16,6 @@ from api.completions.logprobs import token_name
 from api.completions.prompts import check_ids, text_ids
 from api.delivery import receive
 from api.errors import ContextLengthExceeded
-from api.schemas.base import Sent
 from api.schemas.chat import ChatCompletionRequest
 from api.schemas.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from api.service import Service, service_of
@@ -29,7 +28,8 @@ async def tokenize(request: Request) -> Response:
     service = service_of(request)
     asked, headers = await receive(request, TokenizeRequest, service)
     service.check_model(asked.model or service.settings.model_name)
-    return _json(await asyncio.to_thread(_tokenized, asked, service), headers)
+    body = await asyncio.to_thread(lambda: _tokenized(asked, service).to_json())
+    return Response(body, media_type="application/json", headers=headers)
 
 
 @router.post("/detokenize")
@@ -37,7 +37,8 @@ async def detokenize(request: Request) -> Response:
     service = service_of(request)
     asked, headers = await receive(request, DetokenizeRequest, service)
     service.check_model(asked.model or service.settings.model_name)
-    return _json(await asyncio.to_thread(_detokenized, asked, service), headers)
+    body = await asyncio.to_thread(lambda: _detokenized(asked, service).to_json())
+    return Response(body, media_type="application/json", headers=headers)
 
 
 def _tokenized(asked: TokenizeRequest, service: Service) -> TokenizeResponse:
@@ -68,7 +69,3 @@ def _detokenized(asked: DetokenizeRequest, service: Service) -> DetokenizeRespon
         )
     check_ids(asked.tokens, ready, "tokens")
     return DetokenizeResponse(prompt=tokenizer.decode(asked.tokens))
-
-
-def _json(message: Sent, headers: dict[str, str]) -> Response:
-    return Response(message.to_json(), media_type="application/json", headers=headers)

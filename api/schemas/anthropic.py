@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from api.schemas.base import MAX_STOP_LENGTH, Probability, Received, conflict, only
+from api.schemas.base import MAX_MESSAGES, MAX_STOP_LENGTH, Probability, Received, conflict, only
 
 MAX_TOOLS = 512
 MAX_STOP_SEQUENCES = 64
@@ -192,7 +192,7 @@ class CountTokensRequest(Received):
     """POST /v1/messages/count_tokens: all that a prompt is made of."""
 
     model: str
-    messages: Annotated[list[InputMessage], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: TextContent | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None

@@ -25,6 +25,7 @@ MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 1024  # characters; how much text a stream may have to hold back
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
+MAX_MESSAGES = 10_000  # or items, of one request
 
 
 class Received(BaseModel):
@@ -88,6 +89,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+# A function for each, so that other threads get their turn while a long list of them is checked.
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1), AfterValidator(lambda value: value)]
 TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Metadata = Annotated[dict[_MetadataKey, _MetadataValue], Field(max_length=16)]
 NumChoices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]

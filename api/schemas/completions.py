@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from api.schemas.base import NumChoices, Performance, SamplingFields, Sent, Usage, conflict, only
+from api.schemas.base import NumChoices, Performance, SamplingFields, Sent, TokenId, Usage, conflict, only
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's for this endpoint
 MAX_LOGPROBS = 5
@@ -15,7 +15,6 @@ MAX_ANSWERS = 1024  # of one request: its prompts times the choices of each
 
 # -- the request -----------------------------------------------------------------------------------------------------
 
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 

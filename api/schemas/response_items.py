@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from api.schemas.base import Received, only
+from api.schemas.base import MAX_MESSAGES, Received, only
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -162,7 +162,7 @@ def _input_kind(value: Any) -> str | None:
 
 
 Input = Annotated[
-    _String | Annotated[list[ReceivedItem], Tag("items"), Field(fail_fast=True)],
+    _String | Annotated[list[ReceivedItem], Tag("items"), Field(max_length=MAX_MESSAGES, fail_fast=True)],
     Discriminator(
         _input_kind, custom_error_type="input_type", custom_error_message="expected a string or an array of items"
     ),

@@ -6,10 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from api.schemas.base import Received, Sent, conflict, only
+from api.schemas.base import MAX_MESSAGES, Received, Sent, TokenId, conflict, only
 from api.schemas.chat import MAX_TOOLS, Message, Tool, tool_names
-
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class TokenizeRequest(Received):
@@ -17,7 +15,7 @@ class TokenizeRequest(Received):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
