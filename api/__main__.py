@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -56,6 +57,8 @@ def main() -> int:
         with only_server_of(run_dir(root)), _bound(settings.api_host, settings.api_port) as listener:
             about = {"pid": os.getpid(), "host": settings.api_host, "port": settings.api_port}
             write_json(run_dir(root) / API_FILE, {**about, "instance": arguments.instance, "started": time.time()})
+            gc.collect()
+            gc.freeze()  # what was imported stays: the collector, for which all streams wait, need not look at it again
             asyncio.run(_serve(settings, arguments.instance, listener))
     except AlreadyRunning as error:
         return _refuse(str(error), EXIT_RUNNING)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import cache
+from itertools import islice
 
 from api import sse
 from api.answer import Answer, Choice
@@ -152,12 +153,13 @@ class ChatFormat:
 
 def token_logprob(drawn: DrawnToken, num_top: int, token_text: TokenText) -> schema.TokenLogprob:
     """A drawn token and the `num_top` likeliest in its place, as OpenAI writes them."""
-    top = []
-    for token_id, logprob in zip(drawn.logprobs.top_ids, drawn.logprobs.top_logprobs, strict=True):
+    top: list[schema.TopLogprob] = []
+    likeliest = zip(drawn.logprobs.top_ids, drawn.logprobs.top_logprobs, strict=True)
+    for token_id, logprob in islice(likeliest, num_top):
         text, data = token_text(token_id)
-        top.append(schema.TopLogprob(token=text, logprob=logprob, bytes=data))
+        top.append({"token": text, "logprob": logprob, "bytes": data})
     text, data = token_text(drawn.token_id)
-    return schema.TokenLogprob(token=text, logprob=drawn.logprobs.logprob, bytes=data, top_logprobs=top[:num_top])
+    return schema.TokenLogprob.model_construct(token=text, logprob=drawn.logprobs.logprob, bytes=data, top_logprobs=top)
 
 
 def usage_of(answer: Answer) -> Usage:

@@ -5,13 +5,16 @@ Fields that an object must not have are not set, so they are not written.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import WrapSerializer
+from typing_extensions import TypedDict  # pydantic wants it before Python 3.12
 
 from api.output.deltas import FinishReason
 from api.schemas.base import Performance, Sent, Usage
 
 
-class TopLogprob(Sent):
+class TopLogprob(TypedDict):  # there may be a hundred thousand in an answer, for which a model takes too long
     token: str
     logprob: float
     bytes: list[int] | None
@@ -21,7 +24,8 @@ class TokenLogprob(Sent):
     token: str
     logprob: float
     bytes: list[int] | None
-    top_logprobs: list[TopLogprob]
+    # A function for each, so that other threads get their turn while those of a long answer are written.
+    top_logprobs: Annotated[list[TopLogprob], WrapSerializer(lambda value, write: write(value))]
 
 
 class ChoiceLogprobs(Sent):

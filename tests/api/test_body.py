@@ -1,4 +1,5 @@
 import asyncio
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,3 +100,23 @@ def test_what_is_not_sound_json_is_refused_with_the_reason(text: bytes, says: st
 
 def test_escaped_characters_outside_the_basic_plane_are_sound():
     assert parse_json_object(b'{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" + b"1," * body.MAX_VALUES + b"1]",
+        b"[" + b'"",' * body.MAX_VALUES + b'""]',
+        b"[" + b"[]," * body.MAX_CONTAINERS + b"1]",
+        b'[{"a": "\\\\"},' + b'{"a":"\\"["},' * body.MAX_CONTAINERS + b"1]",
+    ],
+)
+def test_more_values_than_any_request_has_use_for_are_refused(text: bytes):
+    with pytest.raises(InvalidRequest, match="more than"):
+        parse_json_object(b'{"a":' + text + b"}")
+
+
+def test_commas_and_brackets_in_strings_are_no_values():
+    for piece in (',[{"\\', '\\\\",', "é,[,\n"):  # over the borders of slices, too
+        value = {"a": piece * body.MAX_VALUES, "b": [piece]}
+        assert parse_json_object(json.dumps(value).encode()) == value
