@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from server.vocabulary import Stops
 logger = logging.getLogger(__name__)
 
 _LONGEST_WAIT_S = 15.0  # of a step for its grammars; far from STEP_TIMEOUT, which would take the ring for wedged
+_LONGEST_COMPILING_S = 120.0  # from admission: nobody waits for it but its own request, but that not for ever
 # A mask takes 10 ms of a core at most, a lexer's states take 100 MB. An object with hundreds of optional properties
 # makes long rows. What compiling takes is bounded by the api, before a grammar comes here.
 LIMITS = LLParserLimits(step_lexer_fuel=150_000, max_lexer_states=60_000, max_items_in_row=10_000, verbose_errors=False)
@@ -41,6 +43,7 @@ class _Sequence:
     stop_ids: frozenset[int]
     num_seen: int = 0  # tokens that ran, the prompt's too
     output: list[int] = field(default_factory=list)  # drawn, in this life or an earlier one
+    admitted_at: float = field(default_factory=time.monotonic)
 
     matcher: LLMatcher | None = None
     is_private: bool = False  # its matcher shares nothing with those of other sequences
@@ -104,6 +107,9 @@ class Grammars:
             return []
         with self._changed:
             self._changed.wait_for(lambda: any(one.is_ready for one in self._not_ready.values()), wait_s)
+        for sequence in self._not_ready.values():
+            if not sequence.is_ready and time.monotonic() - sequence.admitted_at > _LONGEST_COMPILING_S:
+                self._fail(sequence, f"it is not compiled after {_LONGEST_COMPILING_S:.0f} s")
         ready = [sequence_id for sequence_id, sequence in self._not_ready.items() if sequence.is_ready]
         for sequence_id in ready:
             del self._not_ready[sequence_id]

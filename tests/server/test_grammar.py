@@ -209,6 +209,15 @@ def test_slow_grammars_are_compiled_side_by_side_and_each_sequence_is_ready_when
     assert grammars.failures(range(5)) == {}
 
 
+def test_a_request_does_not_wait_for_ever_for_its_grammar(tiny_chat_model: Path, monkeypatch: pytest.MonkeyPatch):
+    grammars = Grammars(tiny_chat_model, VOCAB_SIZE)
+    monkeypatch.setattr(grammars, "_compile", lambda sequence: None)
+    grammars.admit(0, SamplingParams(grammar=LETTERS), len(PROMPT), [])
+    assert grammars.newly_ready() == []
+    monkeypatch.setattr("server.grammar._LONGEST_COMPILING_S", -1.0)
+    assert grammars.newly_ready() == [0] and "not compiled" in grammars.failures([0])[0]
+
+
 def test_a_grammar_that_nobody_wants_any_more_is_not_compiled_until_somebody_does(tiny_chat_model: Path):
     grammars = Grammars(tiny_chat_model, VOCAB_SIZE)
     with grammars._compiler._loading:  # all its threads are busy
