@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 from collections import deque
 from pathlib import Path
 
@@ -49,6 +50,7 @@ class RingProcess:
         return ring
 
     async def _start(self) -> None:
+        self._command.temporary.mkdir(exist_ok=True)
         # A session of its own: a ctrl-C in the terminal must reach the api alone, which then ends the ring in order.
         self._process = await asyncio.create_subprocess_exec(
             *self._command.argv,
@@ -91,6 +93,7 @@ class RingProcess:
             self._process.stdin.close()
         if self._relay is not None:
             await self._relay
+        await asyncio.to_thread(shutil.rmtree, self._command.temporary, ignore_errors=True)
 
     async def _relay_output(self) -> None:
         assert self._process is not None and self._process.stdout is not None

@@ -73,7 +73,10 @@ class RecordFields(logging.Filter):
 
 
 class ServerLog(RotatingFileHandler):
-    """server.log. What cannot be written there (no permission, full disk) goes to stderr, after one warning."""
+    """server.log. What cannot be written there (no permission, full disk) goes to stderr, after one warning.
+
+    Each record tries the file again. Nothing that happens to a line reaches who logs it: stderr may be on the same disk.
+    """
 
     def __init__(self, path: Path) -> None:
         # delay: the file is opened by the first record, so all that can go wrong ends in handleError.
@@ -89,11 +92,13 @@ class ServerLog(RotatingFileHandler):
         with contextlib.suppress(OSError):  # closing writes what is left in the buffer
             if stream:
                 stream.close()
-        if not self._warned:
-            self._warned = True
-            reason = error.strerror or error
-            print(f"warning: {self.baseFilename} cannot be written ({reason}); the log goes to stderr", file=sys.stderr)
-        print(self.format(record), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # full like the file, a reader that is gone, or closed
+            if not self._warned:
+                self._warned = True
+                reason = error.strerror or error
+                warning = f"warning: {self.baseFilename} cannot be written ({reason}); the log goes to stderr"
+                print(warning, file=sys.stderr)
+            print(self.format(record), file=sys.stderr, flush=True)
 
 
 def printable(text: str, limit: int = 500) -> str:

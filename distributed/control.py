@@ -1,74 +1,93 @@
 """Control connections: one plain TCP connection to each neighbour, beside MLX's ring.
 
 A rank blocks here for free, where a pending ring recv would spin a core, and learns the instant a neighbour dies
-(EOF) or falls silent (no heartbeat). A connection is believed only after it has shown this run's token; it never
-carries pickles, and every message has a length limit. `Pipeline` owns the two connections; nobody else reads or
-writes them.
+(EOF) or falls silent (no heartbeat). A connection is believed only after it has shown this run's token
+(`distributed.callers`); it never carries pickles, and every message has a length limit. `Pipeline` owns the two
+connections; nobody else reads or writes them.
 """
 
 from __future__ import annotations
 
-import hmac
-import logging
+import contextlib
 import socket
 import threading
 import time
 
 import msgspec
 
+from distributed.callers import accept_caller
 from distributed.errors import RingError
-from distributed.frames import LENGTH, MAX_CONTROL_BYTES, ControlMessage, Hello, decode, encode
+from distributed.frames import LENGTH, MAX_CONTROL_BYTES, ControlMessage, Heartbeat, Hello, decode, encode
 
 HEARTBEAT_INTERVAL_S = 1.0
 PEER_SILENCE_S = 5.0  # a power cut, a pulled cable and SIGSTOP send no EOF
+# While a rank starts, imports and libraries that read files hold Python's lock, for seconds on a busy machine, and its
+# heartbeat waits for them.
+STARTING_SILENCE_S = 30.0
 _CONNECT_TIMEOUT_S = 30.0
-_HELLO_TIMEOUT_S = 2.0
-_HELLO_BYTES = 4096
-
-logger = logging.getLogger(__name__)
+_LAST_WORDS_TIMEOUT_S = 0.5
+_LAST_WORDS_TRAVEL_S = 0.3
 
 
 class Connection:
-    """A control connection to `peer` (its rank). `send` may be called from any thread, `receive` from one."""
+    """A control connection to `peer` (its rank). `send` may be called from any thread, `receive` from one.
+
+    How long the peer may be silent it says itself, in each heartbeat.
+    """
 
     def __init__(self, sock: socket.socket, peer: int) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.settimeout(PEER_SILENCE_S)
         self._socket = sock
         self._send_lock = threading.Lock()
+        self._bear_silence(STARTING_SILENCE_S)
         self.peer = peer
 
     def send(self, message: ControlMessage) -> None:
         """Send one message.
 
         Raises:
-            RingError: the peer is gone, or has not read anything for PEER_SILENCE_S.
+            RingError: the peer is gone, or has not read anything for as long as it may be silent.
         """
         data = encode(message)
         try:
             with self._send_lock:
                 self._socket.sendall(data)
         except OSError as error:
+            time.sleep(_LAST_WORDS_TRAVEL_S)  # it may have said why, and the thread that reads ends this process first
             raise RingError(f"rank {self.peer} is lost: {error}") from error
+
+    def say_last(self, message: ControlMessage) -> None:
+        """Send, if that can be done at once: the process ends."""
+        if self._send_lock.acquire(timeout=_LAST_WORDS_TIMEOUT_S):
+            with contextlib.suppress(OSError):
+                self._socket.settimeout(_LAST_WORDS_TIMEOUT_S)
+                self._socket.sendall(encode(message))
 
     def receive(self) -> ControlMessage:
         """The next message; blocks without using the processor.
 
         Raises:
-            RingError: the peer closed the connection, sent nothing for PEER_SILENCE_S, or sent something not ours.
+            RingError: the peer closed the connection, was silent for too long, or sent something not ours.
         """
         try:
-            return _read_message(self._socket, MAX_CONTROL_BYTES)
+            message = _read_message(self._socket)
         except TimeoutError as error:
-            raise RingError(f"rank {self.peer} has been silent for {PEER_SILENCE_S:g} s") from error
+            raise RingError(f"rank {self.peer} has been silent for {self._silence_s:g} s") from error
         except (OSError, EOFError) as error:
             raise RingError(f"rank {self.peer} is lost: {error}") from error
         except (ValueError, msgspec.MsgspecError) as error:
             raise RingError(f"rank {self.peer} sent something that is not ours: {error}") from error
+        if isinstance(message, Heartbeat) and message.silence_s != self._silence_s:
+            self._bear_silence(message.silence_s)
+        return message
 
     def close(self) -> None:
         """Hang up; the peer sees EOF."""
         self._socket.close()
+
+    def _bear_silence(self, silence_s: float) -> None:
+        self._silence_s = silence_s
+        self._socket.settimeout(silence_s)
 
 
 def listen(host: str) -> socket.socket:
@@ -95,46 +114,27 @@ def connect_neighbours(
             raise RingError(f"rank {rank} cannot reach rank {right_rank} at {host} port {port}: {error}") from error
         try:
             right.send(Hello(token, rank))
-            return Connection(_accept(listener, Hello(token, left_rank), deadline), left_rank), right
+            caller = accept_caller(listener, Hello(token, left_rank), deadline)
+            if caller is None:
+                raise RingError(f"rank {left_rank} did not open its control connection within {_CONNECT_TIMEOUT_S:g} s")
+            return Connection(caller, left_rank), right
         except RingError:
             right.close()
             raise
 
 
-def _accept(listener: socket.socket, expected: Hello, deadline: float) -> socket.socket:
-    """The first caller that says `expected`; all others are hung up on."""
-    while (left_s := deadline - time.monotonic()) > 0:
-        listener.settimeout(left_s)
-        try:
-            caller, address = listener.accept()
-        except TimeoutError:
-            break
-        try:
-            hello = _read_message(caller, _HELLO_BYTES, deadline=time.monotonic() + _HELLO_TIMEOUT_S)
-        except (OSError, EOFError, ValueError, msgspec.MsgspecError):
-            hello = None
-        if isinstance(hello, Hello) and hello.rank == expected.rank:
-            if hmac.compare_digest(hello.token.encode(), expected.token.encode()):
-                return caller
-        logger.warning("hung up on %s: it is not rank %d of this ring", address[0], expected.rank)
-        caller.close()
-    raise RingError(f"rank {expected.rank} did not open its control connection within {_CONNECT_TIMEOUT_S:g} s")
+def _read_message(sock: socket.socket) -> ControlMessage:
+    """One message; each piece within the socket's timeout."""
+    (length,) = LENGTH.unpack(_read_exactly(sock, LENGTH.size))
+    if length > MAX_CONTROL_BYTES:
+        raise ValueError(f"a message of {length} bytes is over the limit of {MAX_CONTROL_BYTES}")
+    return decode(_read_exactly(sock, length))
 
 
-def _read_message(sock: socket.socket, limit: int, deadline: float | None = None) -> ControlMessage:
-    """One message; all of it by `deadline` (of `time.monotonic`), or each piece within the socket's own timeout."""
-    (length,) = LENGTH.unpack(_read_exactly(sock, LENGTH.size, deadline))
-    if length > limit:
-        raise ValueError(f"a message of {length} bytes is over the limit of {limit}")
-    return decode(_read_exactly(sock, length, deadline))
-
-
-def _read_exactly(sock: socket.socket, size: int, deadline: float | None) -> bytearray:
+def _read_exactly(sock: socket.socket, size: int) -> bytearray:
     data = bytearray(size)
     view = memoryview(data)
     while view:
-        if deadline is not None:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
         count = sock.recv_into(view)
         if count == 0:
             raise EOFError("it closed the connection")

@@ -1,41 +1,79 @@
-"""The one way a rank ends when something is wrong: log it, flush, `os._exit`.
+"""The one way a rank ends when something is wrong: log it, tell the others, flush, `os._exit`.
 
 A rank must never try to unwind: `sys.exit` with a pending ring recv hangs until the peer dies, and MLX cannot re-join a
-group, so the ring is over as soon as one rank is. Every thread of a rank runs under `fatal_on_error`; the supervisor in
-the api process starts the ring again.
+group, so the ring is over as soon as one rank is. It must never hang on its way out either, whatever does not take its
+words. Every thread of a rank runs under `fatal_on_error`; the supervisor in the api process starts the ring again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import NoReturn, ParamSpec
+from typing import NoReturn, ParamSpec, Protocol
 
-from distributed.errors import RingError
+from distributed.errors import HandshakeError, RingError
 
 P = ParamSpec("P")
 EXIT_RING_LOST = 13
+_END_WITHIN_S = 3.0  # from the decision to end; a full pipe or a lock that somebody holds may be in the way
+
+
+class Listener(Protocol):
+    """Somebody who is told why this process ends. It does its best, and is quick."""
+
+    def __call__(self, reason: str, *, permanent: bool) -> None: ...
+
 
 logger = logging.getLogger(__name__)
 _ending = threading.Lock()
+_listeners: list[Listener] = []
+_name = "a rank"
 
 
-def die(reason: str, *, exit_code: int = EXIT_RING_LOST, exc_info: bool = False) -> NoReturn:
-    """End this process now, with `reason` as the last line of its log. The first caller wins; others wait for the
-    end.
+def introduce(name: str) -> None:
+    """How this process is called in what it tells others at its end: "rank 2 (mac3.local)"."""
+    global _name
+    _name = name
+
+
+def tell_at_the_end(listener: Listener) -> None:
+    """Have `listener` called by `die`."""
+    _listeners.append(listener)
+
+
+def die(
+    reason: str,
+    *,
+    exit_code: int = EXIT_RING_LOST,
+    exc_info: bool = False,
+    heard: bool = False,
+    permanent: bool = False,
+) -> NoReturn:
+    """End this process now, with `reason` as the last line of its log. The first caller wins; others wait for the end.
+
+    Args:
+        heard: the reason is another rank's, and names it.
+        permanent: starting the ring again cannot help.
     """
     _ending.acquire()
+    _end_at_last()
     log = logger.critical if exit_code else logger.info
     log("rank ends: %s", reason, exc_info=exc_info)
+    for listener in _listeners:
+        with contextlib.suppress(Exception):  # nothing that goes wrong here matters any more
+            listener(reason if heard else f"{_name}: {reason}", permanent=permanent)
     flush_and_exit(exit_code)
 
 
 def flush_and_exit(exit_code: int) -> NoReturn:
     """Flush the log and end without unwinding."""
+    _end_at_last()
     for handler in logging.getLogger().handlers:
         handler.flush()
     sys.stdout.flush()
@@ -50,12 +88,17 @@ def fatal_on_error(function: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             function(*args, **kwargs)
-        except RingError as error:  # a neighbour is gone: no bug of ours, and the message says it all
-            die(str(error))
         except Exception as error:  # the outermost frame of a thread
-            die(f"{type(error).__name__} in {threading.current_thread().name}: {error}", exc_info=True)
+            die_of(error)
 
     return run
+
+
+def die_of(error: Exception) -> NoReturn:
+    """End this process because of `error`; called where it is being handled."""
+    if isinstance(error, RingError):  # a neighbour is gone: no bug of ours, and the message says it all
+        die(str(error), permanent=isinstance(error, HandshakeError))
+    die(f"{type(error).__name__} in {threading.current_thread().name}: {error}", exc_info=True)
 
 
 def start_thread(name: str, target: Callable[..., None], *args: object) -> threading.Thread:
@@ -63,3 +106,9 @@ def start_thread(name: str, target: Callable[..., None], *args: object) -> threa
     thread = threading.Thread(target=fatal_on_error(target), args=args, name=name, daemon=True)
     thread.start()
     return thread
+
+
+def _end_at_last() -> None:
+    """The kernel ends this process soon, whatever blocks it until then."""
+    if not any(signal.getitimer(signal.ITIMER_REAL)):
+        signal.setitimer(signal.ITIMER_REAL, _END_WITHIN_S)  # SIGALRM is not handled, so no thread of ours has to run

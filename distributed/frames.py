@@ -3,7 +3,7 @@ MessagePack.
 
 An `Envelope` announces a frame: its header (opaque here, `server.frame` gives it meaning) and the tensors that follow
 on MLX's ring. `Credit` flows back when the receiver has a free slot. `Heartbeat` and `Lap` serve liveness and
-start-up. Nothing here touches a socket or an array.
+start-up, `LastWords` and `DumpStacks` the search for what went wrong. Nothing here touches a socket or an array.
 """
 
 from __future__ import annotations
@@ -44,8 +44,12 @@ class Credit(msgspec.Struct, tag="credit", frozen=True):
 
 
 class Heartbeat(msgspec.Struct, tag="heartbeat", frozen=True):
-    """Sent each second both ways. Rightwards it collects every rank's report on its way to rank 0."""
+    """Sent each second both ways. Rightwards it collects every rank's report on its way to rank 0.
 
+    A sender that is silent for longer than `silence_s` from now on is lost.
+    """
+
+    silence_s: float
     reports: list[bytes] = []
 
 
@@ -56,11 +60,30 @@ class Lap(msgspec.Struct, tag="lap", frozen=True):
     complete: bool
 
 
+class LastWords(msgspec.Struct, tag="last words", frozen=True):
+    """Sent both ways by a rank that dies, best effort. Who hears it dies of it, and says the same: so it goes round.
+
+    `reason` names the rank that it began with.
+    """
+
+    reason: str
+
+
+class DumpStacks(msgspec.Struct, tag="dump stacks", frozen=True):
+    """Every rank is to log what its threads are doing, and to pass this on; rank 0 sends it both ways.
+
+    So a rank whose receiver is stuck is reached as well. `number` tells a second request from the same one once more.
+    """
+
+    number: int
+    reason: str
+
+
 class Goodbye(msgspec.Struct, tag="goodbye", frozen=True):
     """The ring ends in order: each rank passes it on and exits."""
 
 
-ControlMessage = Hello | Envelope | Credit | Heartbeat | Lap | Goodbye
+ControlMessage = Hello | Envelope | Credit | Heartbeat | Lap | LastWords | DumpStacks | Goodbye
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ControlMessage)

@@ -33,11 +33,16 @@ _RANK_NAMES = ("MLX_RANK", "MLX_HOSTFILE", "MLX_WORLD_SIZE", "MLX_RING_LOCAL_RAN
 
 @dataclass(frozen=True)
 class RingCommand:
-    """What to run (`argv`, with exactly the environment `env`), and the ranks it starts."""
+    """What to run (`argv`, with exactly the environment `env`), and the ranks it starts.
+
+    `temporary` has to be there before, and may go when all of it has ended: what mlx.launch and the ranks here leave of
+    temporary files is in it.
+    """
 
     argv: list[str]
     env: dict[str, str]
     ranks: list[RankHost]
+    temporary: Path
 
 
 def instance_id(root: Path) -> str:
@@ -55,7 +60,8 @@ def ring_command(
 ) -> RingCommand:
     """The mlx.launch call for all ranks of `settings` (of `hosts` where the caller has found them already).
 
-    Rank 0 connects to the unix socket `socket_path`. HostError as in `ring_hosts`, RingError without mlx.launch.
+    Rank 0 connects to the unix socket `socket_path`, beside which the folder for temporary files is. HostError as in
+    `ring_hosts`, RingError without mlx.launch.
     """
     hosts = list(hosts or ring_hosts(settings))
     launcher = Path(sys.executable).with_name("mlx.launch")
@@ -64,6 +70,8 @@ def ring_command(
     run_dir(root).mkdir(parents=True, exist_ok=True)
     env = {name: value for name, value in os.environ.items() if name not in _RANK_NAMES}
     env["PYTHONUNBUFFERED"] = "1"
+    temporary = Path(socket_path).with_name("temporary")
+    env["TMPDIR"] = str(temporary)
     if worker_targets(hosts):
         shim = write_ssh_shim(settings, run_dir(root) / "ssh-shim")
         env["PATH"] = f"{shim}{os.pathsep}{env.get('PATH', os.defpath)}"
@@ -72,7 +80,7 @@ def ring_command(
     for line in [*_environment_of_ranks(env), *hostfile_envs(settings)]:
         argv += ["--env", line]
     program = _program(settings, hosts, root, f"--instance {instance} --socket {shlex.quote(socket_path)}")
-    return RingCommand([*argv, "--", "/bin/sh", "-c", program], env, hosts)
+    return RingCommand([*argv, "--", "/bin/sh", "-c", program], env, hosts, temporary)
 
 
 def _write_hostfile(path: Path, hosts: Sequence[RankHost]) -> Path:

@@ -48,6 +48,14 @@ def rank_memory_limit_bytes(rank: int, local_ranks: int, rank_memory_limit_mb: S
     return share if cap is None else min(share, cap)
 
 
+def is_allocation_failure(error: BaseException) -> bool:
+    """Whether Python or MLX could not get memory that it asked for. MLX has no error of its own for it."""
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("malloc]" in text or "Insufficient Memory" in text)
+    )
+
+
 def configured_limit_bytes(rank: int, rank_memory_limit_mb: Sequence[int]) -> int | None:
     """RANK_MEMORY_LIMIT_MB for one rank; None where it is not set.
 

@@ -3,13 +3,16 @@
 Three threads besides the caller's: a receiver (waits for an envelope, then evaluates the ring recv), a sender (waits
 for a credit, then sends envelope and tensors) and a reader of what flows back from the right. The caller computes;
 only evaluated arrays cross threads, and no graph holds both a computation and a transfer. A ring of one is the same
-object with its right hand in its own left. When a neighbour is lost the process ends (`distributed.fatal`): nothing
-is retried.
+object with its right hand in its own left. When a neighbour is lost the process ends (`distributed.fatal`), and what
+ends it goes round the ring as its last words: nothing is retried.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import logging
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,11 +20,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from distributed.control import HEARTBEAT_INTERVAL_S, Connection
+from distributed.control import HEARTBEAT_INTERVAL_S, PEER_SILENCE_S, STARTING_SILENCE_S, Connection
 from distributed.errors import RingError
-from distributed.fatal import flush_and_exit, start_thread
-from distributed.frames import Credit, Envelope, Goodbye, Heartbeat, Lap, TensorSpec
+from distributed.fatal import die, flush_and_exit, introduce, start_thread, tell_at_the_end
+from distributed.frames import Credit, DumpStacks, Envelope, Goodbye, Heartbeat, Lap, LastWords, TensorSpec
 from distributed.ring import Ring
+from distributed.stacks import stacks_of_all_threads
 
 _GOODBYE_WAIT_S = 1.0
 INBOX_SLOTS = 8  # frames a rank accepts before it computes; more only moves the queue downstream
@@ -29,6 +33,8 @@ _FRAMES_A_CREDIT = 4  # slots given back at once: a message for each is a tenth 
 # Tensors up to this size are sent before they are announced, so that the receiver's recv finds them there and does not
 # spin for them. They fit into any socket's buffers; larger ones would wait in the sender for a recv that nobody posts.
 _SENT_AHEAD_BYTES = 64 * 1024
+
+logger = logging.getLogger(__name__)
 
 
 class Arrival(NamedTuple):
@@ -68,9 +74,14 @@ class Pipeline:
         self._is_closing = threading.Event()  # neighbours may go now
         self._goodbye_is_back = threading.Event()
         self._right_is_gone = threading.Event()
+        self._silence_s = STARTING_SILENCE_S  # what the neighbours are told to bear
+        self._stacks_lock = threading.Lock()
+        self._num_stacks = 0  # times that the stacks of all ranks were asked for
 
     def start(self) -> None:
         """Start the threads. From now on the end of a neighbour is the end of this process."""
+        introduce(f"rank {self.ring.rank} ({socket.gethostname()})")
+        tell_at_the_end(self._say_last_words)
         if self._left is not None and self._right is not None:
             start_thread("receiver", self._receive_forever, self._left)
             start_thread("sender", self._send_forever, self._right)
@@ -109,6 +120,19 @@ class Pipeline:
             self._right.send(everyone)
         return everyone.records
 
+    def serves(self) -> None:
+        """This rank's start is over: from now on, and from this moment, it is missed sooner."""
+        self._silence_s = PEER_SILENCE_S
+        self._beat()
+
+    def dump_stacks(self, reason: str) -> None:
+        """Rank 0: have every rank log what its threads are doing. Does not wait for it."""
+        message = DumpStacks(self._num_stacks + 1, reason)
+        for neighbour in (self._left, self._right):
+            if neighbour is not None:
+                neighbour.send(message)
+        self._log_stacks(message)
+
     def close(self, timeout_s: float) -> None:
         """Rank 0: tell every rank to end, and wait until the word has gone round. The others exit by themselves."""
         self._is_closing.set()
@@ -136,6 +160,10 @@ class Pipeline:
                         self.on_reports(reports)
                 case Lap():
                     self._laps.put(message)
+                case LastWords(reason=reason):
+                    die(reason, heard=True)
+                case DumpStacks():
+                    self._pass_on(message, self._right)
                 case _:
                     raise RingError(f"rank {left.peer} sent {type(message).__name__} the wrong way round the ring")
 
@@ -172,6 +200,10 @@ class Pipeline:
                     self._credits.release(count)
                 case Heartbeat():
                     pass
+                case LastWords(reason=reason):
+                    die(reason, heard=True)
+                case DumpStacks():
+                    self._pass_on(message, self._left)
                 case _:
                     raise RingError(f"rank {right.peer} sent {type(message).__name__} the wrong way round the ring")
 
@@ -191,16 +223,43 @@ class Pipeline:
             self.sending_s += time.perf_counter() - began
 
     def _beat_forever(self) -> None:
-        while True:
-            reports = [*self._reports_from_left, self._report()] if self.ring.rank else [self._report()]
-            if self._is_closing.is_set():
-                return
-            if self._left is not None and self._right is not None:
-                self._left.send(Heartbeat())
-                self._right.send(Heartbeat(reports))
-            elif self.on_reports is not None:
-                self.on_reports(reports)
+        while not self._is_closing.is_set():
+            # Whoever keeps this thread from the next beat is named in the log before the neighbours lose patience.
+            faulthandler.dump_traceback_later(0.8 * self._silence_s)
+            try:
+                self._beat()
+            except RingError:
+                if self._is_closing.is_set():
+                    return
+                raise
             time.sleep(HEARTBEAT_INTERVAL_S)
+
+    def _beat(self) -> None:
+        reports = [*self._reports_from_left, self._report()] if self.ring.rank else [self._report()]
+        if self._left is not None and self._right is not None:
+            self._left.send(Heartbeat(self._silence_s))
+            self._right.send(Heartbeat(self._silence_s, reports))
+        elif self.on_reports is not None:
+            self.on_reports(reports)
+
+    def _pass_on(self, message: DumpStacks, neighbour: Connection | None) -> None:
+        if neighbour is not None and neighbour.peer:  # rank 0 asked
+            neighbour.send(message)
+        self._log_stacks(message)
+
+    def _log_stacks(self, message: DumpStacks) -> None:
+        """Once, however often the message comes by."""
+        with self._stacks_lock:
+            if message.number == self._num_stacks:
+                return
+            self._num_stacks = message.number
+        logger.warning("stacks of all threads, because %s:\n%s", message.reason, stacks_of_all_threads())
+
+    def _say_last_words(self, reason: str, *, permanent: bool) -> None:
+        del permanent  # what is wrong for good shows on every rank alike, or goes round in a lap
+        for neighbour in (self._left, self._right):
+            if neighbour is not None:
+                neighbour.say_last(LastWords(reason))
 
 
 def tensor_spec(array: mx.array) -> TensorSpec:

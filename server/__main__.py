@@ -20,6 +20,9 @@ logger = logging.getLogger("server")
 # How long a thread of Python waits for one that computes. With the usual 5 ms a frame that is done would wait for its
 # sender while the next step's graph is being built.
 _SWITCH_INTERVAL_S = 0.0005
+# MLX waits for its neighbours without an end, in C++ that lets no thread of Python run: whoever else calls at the ring's
+# ports, or never comes, would keep this process for ever. The first heartbeat takes the alarm over.
+_FORM_TIMEOUT_S = 60.0
 
 
 def main() -> None:
@@ -44,21 +47,17 @@ def main() -> None:
 
 
 def _serve(rank: int, socket_path: str) -> None:
-    from distributed.fatal import die, flush_and_exit
+    from distributed.fatal import die_of, flush_and_exit
     from distributed.ring import Ring
 
     try:
         from server.api_link import ApiLink
-        from server.protocol import Failed
 
         api = ApiLink(socket_path) if rank == 0 else None
         configured = api.configure() if api is not None else {}
-        try:
-            ring = Ring.join()
-        except Exception as error:
-            if api is not None:
-                api.send(Failed(str(error), permanent=False))
-            raise
+        logger.info("joins the ring, which must be formed within %.0f s", _FORM_TIMEOUT_S)
+        faulthandler.dump_traceback_later(_FORM_TIMEOUT_S, exit=True)
+        ring = Ring.join()
         from config.logging import setup_rank_logging
 
         setup_rank_logging("INFO", ring.rank, ring.size, str(configured.get("model_name", "")))
@@ -68,7 +67,7 @@ def _serve(rank: int, socket_path: str) -> None:
     except SystemExit as end:
         flush_and_exit(int(end.code or 0))
     except Exception as error:  # the outermost frame of the process
-        die(f"{type(error).__name__}: {error}", exc_info=True)
+        die_of(error)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,31 @@
 """Rank 0's end of the unix socket to the api process: sends from any thread, reads into the engine's inbox.
 
-The api owns this ring: when the connection closes, the process ends, and with it the ring. The messages are
-`server.protocol`'s.
+The api owns this ring: when the connection closes, the process ends, and with it the ring. What must work while the
+engine is stuck, or before there is one, is done by the thread that reads. The messages are `server.protocol`'s.
 """
 
 from __future__ import annotations
 
-import queue
 import socket
 import threading
 from typing import Any
 
-from distributed.fatal import die, start_thread
-from server.protocol import PROTOCOL_VERSION, Configure, FromEngine, ProtocolError, encode, read_to_engine
+from distributed.fatal import die, flush_and_exit, start_thread, tell_at_the_end
+from distributed.pipeline import Pipeline
+from server.protocol import (
+    PROTOCOL_VERSION,
+    Configure,
+    DumpStacks,
+    Failed,
+    FromEngine,
+    ProtocolError,
+    Shutdown,
+    encode,
+    read_to_engine,
+)
+
+_GOODBYE_TIMEOUT_S = 5.0
+_LAST_WORDS_TIMEOUT_S = 0.5
 
 
 class ApiLink:
@@ -22,6 +35,7 @@ class ApiLink:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(socket_path)
         self._lock = threading.Lock()
+        tell_at_the_end(self._say_last)
 
     def configure(self) -> dict[str, Any]:
         """The settings that the api sends first.
@@ -44,11 +58,24 @@ class ApiLink:
         except OSError as error:
             die(f"the api process is gone ({error})", exit_code=0)
 
-    def start_reading(self, inbox: queue.SimpleQueue[Any]) -> None:
-        """Put every further message into `inbox`, from a thread of its own."""
-        start_thread("api-reader", self._read_forever, inbox)
+    def start_reading(self, pipeline: Pipeline) -> None:
+        """Read every further message, in a thread of its own. Requests go into the pipeline's inbox."""
+        start_thread("api-reader", self._read_forever, pipeline)
 
-    def _read_forever(self, inbox: queue.SimpleQueue[Any]) -> None:
+    def _read_forever(self, pipeline: Pipeline) -> None:
         while (message := read_to_engine(self._socket)) is not None:
-            inbox.put(message)
+            match message:
+                case DumpStacks(reason=reason):
+                    pipeline.dump_stacks(reason)
+                case Shutdown():
+                    pipeline.close(_GOODBYE_TIMEOUT_S)
+                    flush_and_exit(0)
+                case _:
+                    pipeline.inbox.put(message)
         die("the api process closed the connection", exit_code=0)
+
+    def _say_last(self, reason: str, *, permanent: bool) -> None:
+        """Not through `send`, which ends the process where it fails."""
+        if self._lock.acquire(timeout=_LAST_WORDS_TIMEOUT_S):
+            self._socket.settimeout(_LAST_WORDS_TIMEOUT_S)
+            self._socket.sendall(encode(Failed(reason, permanent)))

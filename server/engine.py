@@ -14,18 +14,16 @@ from typing import Any, NoReturn
 import mlx.core as mx
 from msgspec import structs
 
-from distributed.fatal import flush_and_exit
 from distributed.pipeline import Arrival, Pipeline
 from server.api_link import ApiLink
 from server.counters import StageClock
 from server.frame import ResultHeader, StepHeader, decode_header, encode_header
 from server.kv_budget import MIB
-from server.protocol import Cancel, SchedulerCounters, SequenceOutput, Shutdown, Stats, StepOutput, Submit
+from server.protocol import Cancel, SchedulerCounters, SequenceOutput, Stats, StepOutput, Submit
 from server.scheduler import Scheduler, Step
 from server.stage import Stage
 from server.status import READY, decode_reports
 
-_GOODBYE_TIMEOUT_S = 5.0
 _COUNT_EVERY_S = 0.1
 MAX_LOGPROBS = 100  # likeliest tokens with each one
 MAX_GRAMMAR_BYTES = 2 * MIB  # it travels in a frame's header
@@ -60,7 +58,7 @@ class RequestLimits:
 
 
 class Engine:
-    """Serves until the api says Shutdown or goes away."""
+    """Serves until the process ends: `server.api_link` ends it when the api says so or goes away."""
 
     def __init__(
         self,
@@ -103,7 +101,7 @@ class Engine:
         while not inbox.empty():
             self._handle(inbox.get())
 
-    def _handle(self, event: Submit | Cancel | Shutdown | Arrival) -> None:
+    def _handle(self, event: Submit | Cancel | Arrival) -> None:
         match event:
             case Arrival():
                 self._take_result(event)
@@ -111,9 +109,6 @@ class Engine:
                 self._submit(event)
             case Cancel(request_id=request_id):
                 self._scheduler.cancel(request_id)
-            case Shutdown():
-                self._pipeline.close(_GOODBYE_TIMEOUT_S)
-                flush_and_exit(0)
 
     def _launch(self, step: Step) -> None:
         """Run a step's first stage and send it on its way; it comes back to the inbox as an Arrival."""

@@ -15,6 +15,7 @@ import msgspec
 from config import ConfigError
 from distributed.errors import DistributedError, ModelUnavailable
 from distributed.handshake import Introduction
+from distributed.memory import is_allocation_failure
 from distributed.pipeline import Pipeline
 from server.errors import ServerError
 from server.status import RankStatus
@@ -60,7 +61,10 @@ class Laps:
             outcome = Outcome(error=str(error), permanent=not isinstance(error, ModelUnavailable))
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
             logger.exception("could not %s", doing)
-            outcome = Outcome(error=f"could not {doing}: {type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            if is_allocation_failure(error):
+                reason = str(self._status.out_of_memory(error))
+            outcome = Outcome(error=f"could not {doing}: {reason}")
         outcomes = [
             msgspec.json.decode(record, type=Outcome) for record in self._pipeline.lap(msgspec.json.encode(outcome))
         ]

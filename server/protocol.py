@@ -13,7 +13,7 @@ import struct
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct(">I")
 
@@ -79,11 +79,17 @@ class Cancel(msgspec.Struct, tag="cancel", frozen=True):
     request_id: str
 
 
+class DumpStacks(msgspec.Struct, tag="dump_stacks", frozen=True):
+    """Log what the threads of every rank are doing, however stuck the ring is; `reason` goes into the log with it."""
+
+    reason: str
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """End every rank now, in order."""
 
 
-ToEngine = Configure | Submit | Cancel | Shutdown
+ToEngine = Configure | Submit | Cancel | DumpStacks | Shutdown
 
 
 # -- rank 0 to api ---------------------------------------------------------------------------------------------------
@@ -204,6 +210,9 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
     """The ring cannot start or go on; sent just before it ends.
+
+    `message` is why, and names the rank where it began: its last words have gone round the ring. A rank that was killed
+    has none; then its neighbours say that it is gone.
 
     `permanent` is True where trying again without a change of settings cannot help (a broken model, a split that does
     not add up).

@@ -21,10 +21,9 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from config import Settings
 from distributed.builtin_model import resolve_form
-from distributed.errors import HandshakeError, RingError
 from distributed.handshake import Introduction, meet
 from distributed.layer_times import StageTimes
-from distributed.memory import rank_memory_limit_bytes
+from distributed.memory import is_allocation_failure, rank_memory_limit_bytes
 from distributed.model_files import ModelInfo, ensure_weights, inspect_model, prepare_model
 from distributed.partition import LayerRange
 from distributed.pipeline import Pipeline
@@ -70,12 +69,9 @@ def start_rank(ring: Ring, api: ApiLink | None, configured: dict[str, Any]) -> N
         configured: rank 0's settings as the api sent them; empty elsewhere.
     """
     status = RankStatus(ring.rank)
-    try:
-        pipeline, everyone = meet(ring, queue.SimpleQueue(), status.report)
-    except RingError as error:
-        if api is not None:
-            api.send(Failed(str(error), permanent=isinstance(error, HandshakeError)))
-        raise
+    pipeline, everyone = meet(ring, queue.SimpleQueue(), status.report)
+    if api is not None:
+        api.start_reading(pipeline)
     rank = _RankStart(ring, pipeline, everyone, api, status)
     try:
         rank.start(configured)
@@ -86,6 +82,10 @@ def start_rank(ring: Ring, api: ApiLink | None, configured: dict[str, Any]) -> N
         api.send(Failed(str(error), error.permanent))  # type: ignore[union-attr]
         pipeline.close(timeout_s=5.0)
         raise SystemExit(1) from error
+    except (MemoryError, RuntimeError) as error:
+        if is_allocation_failure(error):
+            raise status.out_of_memory(error) from error
+        raise
     raise AssertionError("unreachable: a started rank serves until its process ends")
 
 
@@ -126,6 +126,7 @@ class _RankStart:
         if self._grammars is not None:
             self._grammars.warm(_GRAMMARS_AFTER_S)
         if self._api is None:
+            self._pipeline.serves()
             run_worker(self._stage, self._pipeline, clock)
         self._laps.tell("run a first token through the ring")
         num_tokens = min(_max_chunk_tokens(settings), max_length - 1) if mx.metal.is_available() else NUM_TOKENS
@@ -160,9 +161,9 @@ class _RankStart:
             max_concurrent_requests=options.max_running,
             ranks=ranks,
         )
+        self._pipeline.serves()
         self._api.send(ready)
         self._pipeline.on_reports = engine.send_stats
-        self._api.start_reading(self._pipeline.inbox)
         engine.run()
 
     # -- the laps' work ----------------------------------------------------------------------------------------------

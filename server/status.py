@@ -11,6 +11,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import msgspec
 
+from distributed.memory import MIB
+from server.errors import OutOfMemory
 from server.protocol import RankInfo, StageCounters
 
 READY = "ready"
@@ -42,6 +44,16 @@ class RankStatus:
             state=self.state,
             prefix_cache_bytes=self.prefix_cache_bytes(),
             counters=self.counters(),
+        )
+
+    def out_of_memory(self, error: BaseException) -> OutOfMemory:
+        """What to say of a failed allocation: what was held, and which keys ask for less."""
+        kv_bytes, limit_bytes = self.kv_cache_bytes(), self.kv_cache_bytes_limit
+        return OutOfMemory(
+            f"out of memory: {str(error) or type(error).__name__}. MLX held {mx.get_active_memory() / MIB:.0f} MiB, "
+            f"{kv_bytes / MIB:.0f} MiB of it KV cache, which may grow to {limit_bytes / MIB:.0f} MiB. Lower "
+            "KV_CACHE_RESERVED_MEMORY_MB, MAX_SEQUENCE_LENGTH or PREFILL_CHUNK_TOKENS, or give this rank fewer layers "
+            "(LAYER_SPLIT)"
         )
 
     def report(self) -> bytes:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,16 @@ class RingUnderTest:
             assert time.monotonic() < deadline, f"no {words!r} in:\n{self.log.read_text()}"
             time.sleep(0.05)
 
+    def wait_log_of_ranks(self, words: str, size: int, timeout_s: float = 10) -> None:
+        """Until each of `size` ranks has logged a record with `words`."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            lines = [line for line in self.log.read_text().splitlines() if words in line]
+            if all(any(f'"rank": {rank}, ' in line for line in lines) for rank in range(size)):
+                return
+            assert time.monotonic() < deadline, f"no {words!r} of {size} ranks in:\n{self.log.read_text()}"
+            time.sleep(0.05)
+
     def wait_end(self) -> list[FromEngine]:
         messages = []
         while (message := self.next()) is not None:
@@ -164,12 +174,18 @@ class RingUnderTest:
 
 @contextlib.contextmanager
 def running_ring(
-    model: str | Path, size: int, *, program: str | None = None, root: Path | None = None, **keys: Any
+    model: str | Path,
+    size: int,
+    *,
+    program: str | None = None,
+    root: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    **keys: Any,
 ) -> Iterator[RingUnderTest]:
     """A ring of `size` ranks with MODEL_REPO=`model` and further `keys` of the settings, ended at the end.
 
     `program` replaces `-m server` on every rank, for tests that watch a rank from inside. `root` is the project folder,
-    by default one that lasts as long as the ring.
+    by default one that lasts as long as the ring. `env` is added to the environment.
     """
     folder = Path(tempfile.mkdtemp(prefix="ring-test-"))
     environ = {"MODEL_REPO": str(model), "RING_SIZE": str(size), "RING_PORT": str(free_ports(size))}
@@ -183,10 +199,13 @@ def running_ring(
         listener.settimeout(60)
         command = ring_command(settings, root=root or folder, socket_path=str(folder / "s"), instance="under-test")
         argv = [*command.argv[:-1], command.argv[-1].replace("-m server", program or "-m server")]
+        command.temporary.mkdir()
         log = folder / "log"
-        env = command.env | {"PYTHONPATH": str(ROOT)}
+        environ = command.env | {"PYTHONPATH": str(ROOT)} | dict(env or {})
         with log.open("wb") as output:
-            launcher = subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT)
+            launcher = subprocess.Popen(
+                argv, env=environ, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT
+            )
         cleanup.callback(_end, launcher)
         connection, _ = listener.accept()
         cleanup.callback(connection.close)

@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx_lm.utils import load_model
 
 from distributed.errors import DistributedError, ModelError
+from distributed.memory import is_allocation_failure
 from distributed.model_files import ModelInfo, WeightFile
 from distributed.partition import LayerRange
 from distributed.shard.stage_model import StageModel
@@ -91,6 +92,8 @@ def _as_model_errors(info: ModelInfo, doing: str) -> Iterator[None]:
         raise
     # SystemExit: mlx_lm.models.olmo ends the interpreter where its package is missing.
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, OSError, SystemExit) as error:
+        if is_allocation_failure(error):  # nothing is wrong with the model
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"mlx-lm cannot {doing} the model in {info.path} (model_type {info.model_type}): {reason}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -142,6 +143,34 @@ def test_a_full_disk_sends_the_log_to_stderr(load: Load, capsys: pytest.CaptureF
     logging.getLogger("api").info("first")
     err = capsys.readouterr().err
     assert err.count("warning: ") == 1 and "No space left" in err and err.endswith("api: first\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_nothing_is_lost_but_the_log_where_stderr_is_on_the_full_disk_too(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup_api_logging(load(), Path("/dev/full"))
+    stderr = open("/dev/full", "w")  # noqa: SIM115  # closing it fails like all writing
+    monkeypatch.setattr("sys.stderr", stderr)
+    logging.getLogger("api").info("first")
+    relay_rank_line(rank_line())
+    with contextlib.suppress(OSError):
+        stderr.close()
+
+
+def test_the_file_is_tried_again_with_each_record(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "folder" / "server.log"
+    setup_api_logging(load(), log)
+    logging.getLogger("api").info("to stderr")
+    log.parent.mkdir()
+    logging.getLogger("api").info("to the file")
+    assert log.read_text().endswith("api: to the file\n")
+    assert capsys.readouterr().err.endswith("api: to stderr\n")
+    log.unlink()
+    log.parent.rmdir()
+    logging.getLogger("api").info("to a file that is gone")
 
 
 def test_stderr_gets_the_log_too_when_asked(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

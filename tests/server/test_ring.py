@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from pathlib import Path
 
@@ -126,29 +124,6 @@ def test_all_ranks_end_when_the_api_goes_away(tiny_chat_model: Path):
         ring.hang_up()
         for rank in ranks:
             rank.wait(timeout=10)
-
-
-@pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_killed_rank_takes_the_ring_with_it(tiny_chat_model: Path, victim: int):
-    with running_ring(tiny_chat_model, 3) as ring:
-        ready = ring.wait_ready()
-        ring.submit("busy", PROMPTS[0], 1900)
-        ranks = {process.pid: process for process in ring.processes()}
-        os.kill(ready.ranks[victim].pid, signal.SIGKILL)
-        ring.wait_end()
-        for info in ready.ranks:
-            ranks[info.pid].wait(timeout=10)
-
-
-def test_a_stopped_rank_is_noticed_by_its_silence(tiny_chat_model: Path):
-    with running_ring(tiny_chat_model, 3) as ring:
-        ready = ring.wait_ready()
-        ranks = {process.pid: process for process in ring.processes()}
-        os.kill(ready.ranks[1].pid, signal.SIGSTOP)
-        ring.wait_end()
-        for rank in (0, 2):
-            ranks[ready.ranks[rank].pid].wait(timeout=15)
-        ring.wait_log("has been silent")
 
 
 def test_an_idle_ring_sleeps(tiny_chat_model: Path):
