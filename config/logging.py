@@ -75,7 +75,7 @@ class RecordFields(logging.Filter):
 class ServerLog(RotatingFileHandler):
     """server.log. What cannot be written there (no permission, full disk) goes to stderr, after one warning.
 
-    Each record tries the file again. Nothing that happens to a line reaches who logs it: stderr may be on the same disk.
+    Each record tries the file again. Nothing that happens to a line reaches its author: stderr may be on that disk.
     """
 
     def __init__(self, path: Path) -> None:

@@ -150,7 +150,7 @@ def test_nothing_is_lost_but_the_log_where_stderr_is_on_the_full_disk_too(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup_api_logging(load(), Path("/dev/full"))
-    stderr = open("/dev/full", "w")  # noqa: SIM115  # closing it fails like all writing
+    stderr = open("/dev/full", "w")  # closing it fails like all writing
     monkeypatch.setattr("sys.stderr", stderr)
     logging.getLogger("api").info("first")
     relay_rank_line(rank_line())
