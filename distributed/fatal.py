@@ -15,20 +15,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import NoReturn, ParamSpec, Protocol
+from typing import NoReturn, ParamSpec
 
 from distributed.errors import HandshakeError, RingError
+from distributed.frames import LastWords
+from distributed.memory import is_allocation_failure
 
 P = ParamSpec("P")
 EXIT_RING_LOST = 13
 _END_WITHIN_S = 3.0  # from the decision to end; a full pipe or a lock that somebody holds may be in the way
 
 
-class Listener(Protocol):
-    """Somebody who is told why this process ends. It does its best, and is quick."""
-
-    def __call__(self, reason: str, *, permanent: bool) -> None: ...
-
+Listener = Callable[[LastWords], None]  # is told why this process ends; does its best, and is quick
 
 logger = logging.getLogger(__name__)
 _ending = threading.Lock()
@@ -43,7 +41,7 @@ def introduce(name: str) -> None:
 
 
 def tell_at_the_end(listener: Listener) -> None:
-    """Have `listener` called by `die`."""
+    """Have `listener` called before this process ends through `die`."""
     _listeners.append(listener)
 
 
@@ -52,22 +50,33 @@ def die(
     *,
     exit_code: int = EXIT_RING_LOST,
     exc_info: bool = False,
-    heard: bool = False,
     permanent: bool = False,
+    out_of_memory: bool = False,
 ) -> NoReturn:
-    """End this process now, with `reason` as the last line of its log. The first caller wins; others wait for the end.
-
-    Args:
-        heard: the reason is another rank's, and names it.
-        permanent: starting the ring again cannot help.
-    """
-    _ending.acquire()
-    _end_at_last()
+    """End this process now, with `reason` as the last line of its log; see `LastWords` for what else can be told."""
+    _begin_to_end()
     log = logger.critical if exit_code else logger.info
     log("rank ends: %s", reason, exc_info=exc_info)
+    _say_and_exit(LastWords(f"{_name}: {reason}", permanent, out_of_memory), exit_code)
+
+
+def die_of_hearing(words: LastWords) -> NoReturn:
+    """End this process because another rank has ended, and say so in its words."""
+    _begin_to_end()
+    logger.critical("rank ends, as does %s", words.reason)
+    _say_and_exit(words, EXIT_RING_LOST)
+
+
+def _begin_to_end() -> None:
+    """The first caller goes on; others wait here for the end."""
+    _ending.acquire()
+    _end_at_last()
+
+
+def _say_and_exit(words: LastWords, exit_code: int) -> NoReturn:
     for listener in _listeners:
         with contextlib.suppress(Exception):  # nothing that goes wrong here matters any more
-            listener(reason if heard else f"{_name}: {reason}", permanent=permanent)
+            listener(words)
     flush_and_exit(exit_code)
 
 
@@ -98,7 +107,10 @@ def die_of(error: Exception) -> NoReturn:
     """End this process because of `error`; called where it is being handled."""
     if isinstance(error, RingError):  # a neighbour is gone: no bug of ours, and the message says it all
         die(str(error), permanent=isinstance(error, HandshakeError))
-    die(f"{type(error).__name__} in {threading.current_thread().name}: {error}", exc_info=True)
+    # What explains a failed allocation is raised from it.
+    out_of_memory = any(cause is not None and is_allocation_failure(cause) for cause in (error, error.__cause__))
+    reason = f"{type(error).__name__} in {threading.current_thread().name}: {error}"
+    die(reason, exc_info=True, out_of_memory=out_of_memory)
 
 
 def start_thread(name: str, target: Callable[..., None], *args: object) -> threading.Thread:

@@ -63,10 +63,13 @@ class Lap(msgspec.Struct, tag="lap", frozen=True):
 class LastWords(msgspec.Struct, tag="last words", frozen=True):
     """Sent both ways by a rank that dies, best effort. Who hears it dies of it, and says the same: so it goes round.
 
-    `reason` names the rank that it began with.
+    `reason` names the rank that it began with. `permanent`: starting the ring again cannot help. `out_of_memory`: that
+    rank could not get memory that it asked for.
     """
 
     reason: str
+    permanent: bool = False
+    out_of_memory: bool = False
 
 
 class DumpStacks(msgspec.Struct, tag="dump stacks", frozen=True):

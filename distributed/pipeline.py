@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from distributed.control import HEARTBEAT_INTERVAL_S, PEER_SILENCE_S, STARTING_SILENCE_S, Connection
 from distributed.errors import RingError
-from distributed.fatal import die, flush_and_exit, introduce, start_thread, tell_at_the_end
+from distributed.fatal import die_of_hearing, flush_and_exit, introduce, start_thread, tell_at_the_end
 from distributed.frames import Credit, DumpStacks, Envelope, Goodbye, Heartbeat, Lap, LastWords, TensorSpec
 from distributed.ring import Ring
 from distributed.stacks import stacks_of_all_threads
@@ -62,7 +62,8 @@ class Pipeline:
         self.ring = ring
         self.inbox = inbox
         self._report = report
-        self.on_reports: Callable[[list[bytes]], None] | None = None  # rank 0: every rank's latest state
+        # Rank 0: takes every rank's latest state each second; its own alone where nothing has come round yet.
+        self.on_reports: Callable[[list[bytes]], None] | None = None
         self.receiving_s = 0.0  # evaluating recvs since the start; each of the two has one thread that writes it
         self.sending_s = 0.0  # the same of sends, the wait for a credit left out
         self._left, self._right = left, right
@@ -156,12 +157,10 @@ class Pipeline:
                     self.inbox.put(Arrival(header, self._receive(tensors)))
                 case Heartbeat(reports=reports):
                     self._reports_from_left = reports
-                    if self.on_reports is not None:
-                        self.on_reports(reports)
                 case Lap():
                     self._laps.put(message)
-                case LastWords(reason=reason):
-                    die(reason, heard=True)
+                case LastWords():
+                    die_of_hearing(message)
                 case DumpStacks():
                     self._pass_on(message, self._right)
                 case _:
@@ -200,8 +199,8 @@ class Pipeline:
                     self._credits.release(count)
                 case Heartbeat():
                     pass
-                case LastWords(reason=reason):
-                    die(reason, heard=True)
+                case LastWords():
+                    die_of_hearing(message)
                 case DumpStacks():
                     self._pass_on(message, self._left)
                 case _:
@@ -239,8 +238,8 @@ class Pipeline:
         if self._left is not None and self._right is not None:
             self._left.send(Heartbeat(self._silence_s))
             self._right.send(Heartbeat(self._silence_s, reports))
-        elif self.on_reports is not None:
-            self.on_reports(reports)
+        if self.on_reports is not None:  # by this rank's own clock: the api takes its silence for its end
+            self.on_reports(self._reports_from_left or reports)
 
     def _pass_on(self, message: DumpStacks, neighbour: Connection | None) -> None:
         if neighbour is not None and neighbour.peer:  # rank 0 asked
@@ -255,11 +254,10 @@ class Pipeline:
             self._num_stacks = message.number
         logger.warning("stacks of all threads, because %s:\n%s", message.reason, stacks_of_all_threads())
 
-    def _say_last_words(self, reason: str, *, permanent: bool) -> None:
-        del permanent  # what is wrong for good shows on every rank alike, or goes round in a lap
+    def _say_last_words(self, words: LastWords) -> None:
         for neighbour in (self._left, self._right):
             if neighbour is not None:
-                neighbour.say_last(LastWords(reason))
+                neighbour.say_last(words)
 
 
 def tensor_spec(array: mx.array) -> TensorSpec:

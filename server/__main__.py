@@ -20,8 +20,8 @@ logger = logging.getLogger("server")
 # How long a thread of Python waits for one that computes. With the usual 5 ms a frame that is done would wait for its
 # sender while the next step's graph is being built.
 _SWITCH_INTERVAL_S = 0.0005
-# MLX waits for its neighbours without an end, in C++ that lets no thread of Python run: a stranger's call at a ring port,
-# or a neighbour that never comes, would keep this process for ever. The first heartbeat takes the alarm over.
+# MLX waits for its neighbours without an end, in C++ that lets no thread of Python run: a stranger's call at a ring
+# port, or a neighbour that never comes, would keep this process for ever. The first heartbeat takes the alarm over.
 _FORM_TIMEOUT_S = 60.0
 
 

@@ -11,6 +11,7 @@ import threading
 from typing import Any
 
 from distributed.fatal import die, flush_and_exit, start_thread, tell_at_the_end
+from distributed.frames import LastWords
 from distributed.pipeline import Pipeline
 from server.protocol import (
     PROTOCOL_VERSION,
@@ -74,8 +75,8 @@ class ApiLink:
                     pipeline.inbox.put(message)
         die("the api process closed the connection", exit_code=0)
 
-    def _say_last(self, reason: str, *, permanent: bool) -> None:
+    def _say_last(self, words: LastWords) -> None:
         """Not through `send`, which ends the process where it fails."""
         if self._lock.acquire(timeout=_LAST_WORDS_TIMEOUT_S):
             self._socket.settimeout(_LAST_WORDS_TIMEOUT_S)
-            self._socket.sendall(encode(Failed(reason, permanent)))
+            self._socket.sendall(encode(Failed(words.reason, words.permanent, words.out_of_memory)))

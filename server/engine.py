@@ -157,7 +157,8 @@ class Engine:
     def send_stats(self, reports: list[bytes]) -> None:
         """Called by the heartbeat with every rank's state, once a second."""
         ranks = decode_reports(reports)
-        if any(info.state != READY for info in ranks):  # said before the ring was ready, and still on its way round
+        is_whole = len(ranks) == self._pipeline.ring.size
+        if not is_whole or any(info.state != READY for info in ranks):  # said before the ring was ready
             return
         self._api.send(structs.replace(self._stats, ranks=ranks))
 

@@ -30,14 +30,16 @@ class Outcome(msgspec.Struct, frozen=True):
     value: Any = None
     error: str | None = None
     permanent: bool = False
+    out_of_memory: bool = False
 
 
 class StartError(ServerError):
     """A rank could not start; all ranks know."""
 
-    def __init__(self, message: str, permanent: bool) -> None:
+    def __init__(self, message: str, permanent: bool, out_of_memory: bool = False) -> None:
         super().__init__(message)
         self.permanent = permanent
+        self.out_of_memory = out_of_memory
 
 
 class Laps:
@@ -61,16 +63,15 @@ class Laps:
             outcome = Outcome(error=str(error), permanent=not isinstance(error, ModelUnavailable))
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
             logger.exception("could not %s", doing)
-            reason = f"{type(error).__name__}: {error}"
-            if is_allocation_failure(error):
-                reason = str(self._status.out_of_memory(error))
-            outcome = Outcome(error=f"could not {doing}: {reason}")
+            out_of_memory = is_allocation_failure(error)
+            reason = self._status.out_of_memory(error) if out_of_memory else f"{type(error).__name__}: {error}"
+            outcome = Outcome(error=f"could not {doing}: {reason}", out_of_memory=out_of_memory)
         outcomes = [
             msgspec.json.decode(record, type=Outcome) for record in self._pipeline.lap(msgspec.json.encode(outcome))
         ]
         for rank, other in enumerate(outcomes):
             if other.error is not None:
-                raise StartError(f"{self.name(rank)}: {other.error}", other.permanent)
+                raise StartError(f"{self.name(rank)}: {other.error}", other.permanent, other.out_of_memory)
         return [msgspec.convert(other.value, kind) for other in outcomes]
 
     def name(self, rank: int) -> str:

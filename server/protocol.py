@@ -215,11 +215,12 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     has none; then its neighbours say that it is gone.
 
     `permanent` is True where trying again without a change of settings cannot help (a broken model, a split that does
-    not add up).
+    not add up). `out_of_memory`: a rank could not get memory that it asked for; the message says what to change.
     """
 
     message: str
     permanent: bool
+    out_of_memory: bool = False
 
 
 FromEngine = Progress | Ready | StepOutput | Stats | Failed

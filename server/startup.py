@@ -79,7 +79,7 @@ def start_rank(ring: Ring, api: ApiLink | None, configured: dict[str, Any]) -> N
         logger.error("%s", error)
         if api is None:
             threading.Event().wait()  # rank 0's goodbye, or the end of a neighbour, ends this process
-        api.send(Failed(str(error), error.permanent))  # type: ignore[union-attr]
+        api.send(Failed(str(error), error.permanent, error.out_of_memory))  # type: ignore[union-attr]
         pipeline.close(timeout_s=5.0)
         raise SystemExit(1) from error
     except (MemoryError, RuntimeError) as error:

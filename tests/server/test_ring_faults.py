@@ -100,6 +100,8 @@ def test_a_rank_without_memory_says_what_it_held_and_what_to_change(tiny_chat_mo
     with running_ring(tiny_chat_model, 3, env=fault_in_rank("take_memory", 2, FAULT_TOKEN)) as ring:
         ring.wait_ready()
         ring.submit("large", PROMPT, 3)
-        reason = last_words(ring.wait_end())
+        messages = ring.wait_end()
+    reason = last_words(messages)
+    assert all(message.out_of_memory for message in messages if isinstance(message, Failed))
     assert reason.startswith("rank 2 (") and "out of memory" in reason and "MiB" in reason
     assert all(key in reason for key in ("KV_CACHE_RESERVED_MEMORY_MB", "PREFILL_CHUNK_TOKENS", "LAYER_SPLIT"))
