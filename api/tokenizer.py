@@ -50,7 +50,8 @@ class ChatTokenizer:
         """Load the folder `path`, in Hugging Face's layout. Raises OSError or ValueError for a broken one."""
         self._files = _files(path)
         config = load_config(path)
-        extra = {"trust_remote_code": True} if trust_remote_code else {}
+        # Said either way: transformers would ask at the terminal.
+        extra = {"trust_remote_code": trust_remote_code}
         self._tokenizer: TokenizerWrapper = load_tokenizer(path, extra, eos_token_ids=config.get("eos_token_id"))
         self.path = path
         self.sampling_defaults = _sampling_defaults(path)

@@ -83,10 +83,9 @@ def _say_and_exit(words: LastWords, exit_code: int) -> NoReturn:
 def flush_and_exit(exit_code: int) -> NoReturn:
     """Flush the log and end without unwinding."""
     _end_at_last()
-    for handler in logging.getLogger().handlers:
-        handler.flush()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (*logging.getLogger().handlers, sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # mlx.launch, which reads them, may have gone
+            stream.flush()
     os._exit(exit_code)
 
 

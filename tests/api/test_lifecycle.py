@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,44 +73,48 @@ def failure_of(server: RunningServer) -> str:
     return detail
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_stream_goes_on_where_it_stopped_when_a_rank_is_killed(new_server: NewServer, victim: int):
-    server = new_server(RING_SIZE=2)
-    server.start()
-    undisturbed = text_of(stream_of(server))
-    pids = rank_pids(server)
-    stream = stream_of(server)
-    text = "".join(next(stream).choices[0].delta.content or "" for _ in range(20))
-    os.kill(pids[victim], signal.SIGKILL)
-    assert text + text_of(stream) == undisturbed
-    assert not set(rank_pids(server)) & set(pids)
-
-
-def test_ranks_end_when_the_api_is_killed(new_server: NewServer):
-    server = new_server(RING_SIZE=2)
+def test_ranks_end_with_the_api_and_one_that_is_stopped_with_the_next_start(new_server: NewServer):
+    server = new_server(RING_SIZE=3)
     server.start()
     ranks = [psutil.Process(pid) for pid in rank_pids(server)]
-    assert server.process is not None
-    server.process.kill()
-    server.process.wait()
-    RunningServer.started.remove(server)
-    _, alive = psutil.wait_procs(ranks, timeout=10)
-    assert alive == []
-    psutil.wait_procs(ring_processes(instance_id(server.root)), timeout=10)
-
-
-def test_what_a_killed_api_left_stopped_is_ended_by_the_next_start(new_server: NewServer):
-    server = new_server(RING_SIZE=2)
-    server.start()
-    stopped = psutil.Process(rank_pids(server)[1])
+    stopped = ranks.pop(1)
     stopped.suspend()
     assert server.process is not None
     server.process.kill()
     server.process.wait()
     RunningServer.started.remove(server)
+    _, alive = psutil.wait_procs(ranks, timeout=2)
+    assert alive == []
     server.start()
     assert not stopped.is_running()
     assert text_of(stream_of(server, max_tokens=5)) is not None
+
+
+def test_rings_that_are_lost_leave_no_process_no_file_and_no_descriptor(new_server: NewServer):
+    with tempfile.TemporaryDirectory() as temporary:
+        server = new_server(RING_SIZE=2, TMPDIR=temporary)
+        server.start()
+        undisturbed = text_of(stream_of(server))
+        assert server.process is not None
+        api = psutil.Process(server.process.pid)
+        num_fds = api.num_fds()
+        for victim in ("rank 0", "rank 1", "launcher"):
+            pids = rank_pids(server)
+            ring = [psutil.Process(pid) for pid in pids]
+            stream = stream_of(server)
+            text = "".join(next(stream).choices[0].delta.content or "" for _ in range(20))
+            launcher = json.loads((server.root / ".run" / "ring.json").read_text())["launcher_pid"]
+            os.kill({"rank 0": pids[0], "rank 1": pids[1], "launcher": launcher}[victim], signal.SIGKILL)
+            _, alive = psutil.wait_procs(ring, timeout=2)
+            assert alive == [], f"2 s after the end of {victim}"
+            assert text + text_of(stream) == undisturbed
+            assert not set(rank_pids(server)) & set(pids)
+        assert api.num_fds() <= num_fds
+        (folder,) = Path(temporary).glob("mlx-ring-*[!k]")  # the locks of ports stay
+        left = sorted(path.name for path in folder.rglob("*"))
+        assert left[:1] == ["rank0.sock"] and len(left) <= 6, "two files a rank and their folder, of one ring"
+        assert server.stop() == 0
+        assert all(path.suffix == ".lock" for path in Path(temporary).iterdir())
 
 
 def test_stop_lets_accepted_requests_end_and_takes_no_more(new_server: NewServer):
