@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,7 @@ _RANK_NAMES = ("MLX_RANK", "MLX_HOSTFILE", "MLX_WORLD_SIZE", "MLX_RING_LOCAL_RAN
 class RingCommand:
     """What to run (`argv`, with exactly the environment `env`), and the ranks it starts.
 
-    `temporary` has to be there before, and may go when all of it has ended: what mlx.launch and the ranks here leave of
-    temporary files is in it.
+    `temporary` has to be there before, and may go when all of it has ended: mlx.launch leaves files there.
     """
 
     argv: list[str]
@@ -60,7 +60,7 @@ def ring_command(
 ) -> RingCommand:
     """The mlx.launch call for all ranks of `settings` (of `hosts` where the caller has found them already).
 
-    Rank 0 connects to the unix socket `socket_path`, beside which the folder for temporary files is. HostError as in
+    Rank 0 connects to the unix socket `socket_path`, beside which the launcher's temporary folder is. HostError as in
     `ring_hosts`, RingError without mlx.launch.
     """
     hosts = list(hosts or ring_hosts(settings))
@@ -105,7 +105,8 @@ def _environment_of_ranks(env: Mapping[str, str]) -> list[str]:
 def _program(settings: Settings, hosts: Sequence[RankHost], root: Path, arguments: str) -> str:
     """The shell text every rank runs. mlx.launch gives all ranks the same one, so it looks at MLX_RANK itself.
 
-    stdin comes from /dev/null so that mlx.launch can stop watching it; `exec` keeps one process a rank.
+    stdin comes from /dev/null so that mlx.launch can stop watching it; `exec` keeps one process a rank. The ranks here get
+    the temporary folder back that mlx.launch's files are kept out of.
     """
     ranks_of_machine = Counter(host.ssh for host in hosts)
     cases: list[str] = []
@@ -113,6 +114,7 @@ def _program(settings: Settings, hosts: Sequence[RankHost], root: Path, argument
         ranks = "|".join(str(host.rank) for host in hosts if host.ssh == target)
         if target is None:
             folder, python = shlex.quote(str(root)), shlex.quote(sys.executable)
+            folder += f" && export TMPDIR={shlex.quote(tempfile.gettempdir())}"
         else:
             folder, python = quote_remote_path(settings.worker_dir), ".venv/bin/python"
         start = f"cd {folder} && export MLX_RING_LOCAL_RANKS={count} && exec {python} -m server {arguments} </dev/null"

@@ -14,6 +14,7 @@ import signal
 import sys
 
 from distributed.blas import prefer_openblas
+from distributed.temporary import use_private_temporary_folder
 
 logger = logging.getLogger("server")
 
@@ -42,6 +43,7 @@ def main() -> None:
     from config.logging import setup_rank_logging
 
     setup_rank_logging("INFO", rank, 0, "")
+    use_private_temporary_folder()
     prefer_openblas(int(os.environ.get("MLX_RING_LOCAL_RANKS", "1")))
     _serve(rank, arguments.socket)
 
