@@ -105,8 +105,8 @@ def _environment_of_ranks(env: Mapping[str, str]) -> list[str]:
 def _program(settings: Settings, hosts: Sequence[RankHost], root: Path, arguments: str) -> str:
     """The shell text every rank runs. mlx.launch gives all ranks the same one, so it looks at MLX_RANK itself.
 
-    stdin comes from /dev/null so that mlx.launch can stop watching it; `exec` keeps one process a rank. The ranks here get
-    the temporary folder back that mlx.launch's files are kept out of.
+    stdin comes from /dev/null so that mlx.launch can stop watching it; `exec` keeps one process a rank. The ranks here
+    get the temporary folder back that mlx.launch's files are kept out of.
     """
     ranks_of_machine = Counter(host.ssh for host in hosts)
     cases: list[str] = []

@@ -12,7 +12,6 @@ from __future__ import annotations
 import faulthandler
 import logging
 import queue
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ import mlx.core as mx
 
 from distributed.control import HEARTBEAT_INTERVAL_S, PEER_SILENCE_S, STARTING_SILENCE_S, Connection
 from distributed.errors import RingError
-from distributed.fatal import die_of_hearing, flush_and_exit, introduce, start_thread, tell_at_the_end
+from distributed.fatal import die_of_hearing, flush_and_exit, start_thread, tell_at_the_end
 from distributed.frames import Credit, DumpStacks, Envelope, Goodbye, Heartbeat, Lap, LastWords, TensorSpec
 from distributed.ring import Ring
 from distributed.stacks import stacks_of_all_threads
@@ -81,7 +80,6 @@ class Pipeline:
 
     def start(self) -> None:
         """Start the threads. From now on the end of a neighbour is the end of this process."""
-        introduce(f"rank {self.ring.rank} ({socket.gethostname()})")
         tell_at_the_end(self._say_last_words)
         if self._left is not None and self._right is not None:
             start_thread("receiver", self._receive_forever, self._left)

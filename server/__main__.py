@@ -11,6 +11,7 @@ import faulthandler
 import logging
 import os
 import signal
+import socket
 import sys
 
 from distributed.blas import prefer_openblas
@@ -49,9 +50,10 @@ def main() -> None:
 
 
 def _serve(rank: int, socket_path: str) -> None:
-    from distributed.fatal import die_of, flush_and_exit
+    from distributed.fatal import die_of, flush_and_exit, introduce
     from distributed.ring import Ring
 
+    introduce(f"rank {rank} ({socket.gethostname()})")
     try:
         from server.api_link import ApiLink
 

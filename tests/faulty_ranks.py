@@ -1,7 +1,6 @@
-"""Faults at a certain place of a real ring, for tests of what happens then: the environment that puts them there.
+"""Faults inside a rank of a real ring, for tests of what happens then. They happen in the step after a test asks for them.
 
-The fault happens in the stage of one rank when it is given a certain token, so a test places it by a prompt, and
-`MESSAGE` is in the log when it has. `faults_in_ranks/sitecustomize.py` does it inside the rank.
+`faults_in_ranks/sitecustomize.py` does it inside the rank, and prints `MESSAGE`.
 """
 
 from __future__ import annotations
@@ -13,10 +12,18 @@ from typing import Literal
 TESTS = Path(__file__).resolve().parent
 MESSAGE = "the fault happens"
 
-Fault = Literal["wedge", "hold_the_lock", "take_memory"]
 
+class FaultyRank:
+    """`trigger` is a file that does not exist yet."""
 
-def fault_in_rank(fault: Fault, rank: int, token: int, *, once: Path | None = None) -> dict[str, str]:
-    """`once`: a file that does not exist yet; the fault happens in the first ring that meets it, and in none after."""
-    told = {"kind": fault, "rank": rank, "token": token, "once": None if once is None else str(once)}
-    return {"MLX_RING_TEST_FAULT": json.dumps(told), "PYTHONPATH": f"{TESTS / 'faults_in_ranks'}:{TESTS.parent}"}
+    def __init__(self, fault: Literal["wedge", "hold_the_lock", "take_memory"], rank: int, trigger: Path) -> None:
+        self._trigger = trigger
+        told = json.dumps({"kind": fault, "rank": rank, "trigger": str(trigger)})
+        self.environment = {
+            "MLX_RING_TEST_FAULT": told,
+            "PYTHONPATH": f"{TESTS / 'faults_in_ranks'}:{TESTS.parent}",
+        }
+
+    def fail_in_the_next_step(self) -> None:
+        """Once: the ring that follows has no fault."""
+        self._trigger.touch()

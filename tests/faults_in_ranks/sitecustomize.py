@@ -1,4 +1,4 @@
-"""Puts a fault into a rank, at a certain token: Python imports this first in every process that has it on PYTHONPATH.
+"""Puts a fault into a rank, when a test says so: Python imports this first in every process that has it on PYTHONPATH.
 
 Nothing of the server knows of it. `tests.faulty_ranks` makes the environment that says what is to happen and where; all
 processes but that rank go on as if it were not there.
@@ -55,7 +55,7 @@ class AfterLoading:
         fault = self._fault
 
         def call(stage: Any, token_ids: Any, *args: Any) -> Any:
-            if any(fault["token"] in row for row in token_ids.tolist()) and _is_first(fault["once"]):
+            if _is_asked_for(Path(fault["trigger"])):
                 print(f"the fault happens: {fault['kind']}", file=sys.stderr, flush=True)
                 globals()[fault["kind"]]()
             return type(stage).__mro__[1].__call__(stage, token_ids, *args)
@@ -64,13 +64,11 @@ class AfterLoading:
         return stage
 
 
-def _is_first(marker: str | None) -> bool:
-    """Whether nobody has been here before; without `marker` always."""
-    if marker is None:
-        return True
+def _is_asked_for(trigger: Path) -> bool:
+    """Whether the file is there; it is not there any more afterwards."""
     try:
-        Path(marker).touch(exist_ok=False)
-    except FileExistsError:
+        trigger.unlink()
+    except FileNotFoundError:
         return False
     return True
 

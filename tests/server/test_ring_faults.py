@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from server.protocol import DumpStacks, Failed, FromEngine, Shutdown
-from tests.faulty_ranks import MESSAGE, fault_in_rank
+from tests.faulty_ranks import MESSAGE, FaultyRank
 from tests.ring_harness import RingUnderTest, running_ring
 
 pytestmark = pytest.mark.ring
 
-FAULT_TOKEN = 77
-PROMPT = [5, 6, FAULT_TOKEN, 7]
+PROMPT = [5, 6, 7, 8]
 
 
 def last_words(messages: list[FromEngine]) -> str:
@@ -71,10 +70,14 @@ def test_a_stopped_rank_is_missed_by_both_neighbours_within_six_seconds(
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_the_stacks_of_a_wedged_ring_are_in_the_log_and_it_ends_in_order(tiny_chat_model: Path, victim: int):
-    """Rank 0's engine is stuck like any other rank: what the api says is heard all the same."""
-    with running_ring(tiny_chat_model, 3, env=fault_in_rank("wedge", victim, FAULT_TOKEN)) as ring:
+def test_the_stacks_of_a_wedged_ring_are_in_the_log_and_it_ends_in_order(
+    tiny_chat_model: Path, tmp_path: Path, victim: int
+):
+    """Rank 0's engine may be stuck like any other rank: what the api says is heard all the same."""
+    fault = FaultyRank("wedge", victim, tmp_path / "trigger")
+    with running_ring(tiny_chat_model, 3, env=fault.environment) as ring:
         ring.wait_ready()
+        fault.fail_in_the_next_step()
         ring.submit("wedged", PROMPT, 3)
         ring.wait_log(MESSAGE)
         ring.wait_stats(lambda stats: stats.num_frames_in_flight > 0)
@@ -88,17 +91,21 @@ def test_the_stacks_of_a_wedged_ring_are_in_the_log_and_it_ends_in_order(tiny_ch
         assert ring.launcher.wait(timeout=20) == 0
 
 
-def test_a_rank_that_lets_no_thread_run_is_missed_and_says_where_it_was(tiny_chat_model: Path):
-    with running_ring(tiny_chat_model, 3, env=fault_in_rank("hold_the_lock", 1, FAULT_TOKEN)) as ring:
+def test_a_rank_that_lets_no_thread_run_is_missed_and_says_where_it_was(tiny_chat_model: Path, tmp_path: Path):
+    fault = FaultyRank("hold_the_lock", 1, tmp_path / "trigger")
+    with running_ring(tiny_chat_model, 3, env=fault.environment) as ring:
         ring.wait_ready()
+        fault.fail_in_the_next_step()
         ring.submit("stuck", PROMPT, 3)
         assert "rank 1 has been silent for 5 s" in last_words(ring.wait_end())
         ring.wait_log("in hold_the_lock")
 
 
-def test_a_rank_without_memory_says_what_it_held_and_what_to_change(tiny_chat_model: Path):
-    with running_ring(tiny_chat_model, 3, env=fault_in_rank("take_memory", 2, FAULT_TOKEN)) as ring:
+def test_a_rank_without_memory_says_what_it_held_and_what_to_change(tiny_chat_model: Path, tmp_path: Path):
+    fault = FaultyRank("take_memory", 2, tmp_path / "trigger")
+    with running_ring(tiny_chat_model, 3, env=fault.environment) as ring:
         ring.wait_ready()
+        fault.fail_in_the_next_step()
         ring.submit("large", PROMPT, 3)
         messages = ring.wait_end()
     reason = last_words(messages)
