@@ -1,4 +1,4 @@
-"""Faults inside a rank of a real ring, for tests of what happens then. They happen in the step after a test asks for them.
+"""Faults inside a rank of a real ring, for tests of what happens then: in the first step after a test asks for one.
 
 `faults_in_ranks/sitecustomize.py` does it inside the rank, and prints `MESSAGE`.
 """
