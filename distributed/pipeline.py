@@ -221,8 +221,6 @@ class Pipeline:
 
     def _beat_forever(self) -> None:
         while not self._is_closing.is_set():
-            # Whoever keeps this thread from the next beat is named in the log before the neighbours lose patience.
-            faulthandler.dump_traceback_later(0.8 * self._silence_s)
             try:
                 self._beat()
             except RingError:
@@ -232,6 +230,8 @@ class Pipeline:
             time.sleep(HEARTBEAT_INTERVAL_S)
 
     def _beat(self) -> None:
+        # Whoever keeps this rank from its next beat is named in the log before the neighbours lose patience.
+        faulthandler.dump_traceback_later(0.8 * self._silence_s)
         reports = [*self._reports_from_left, self._report()] if self.ring.rank else [self._report()]
         if self._left is not None and self._right is not None:
             self._left.send(Heartbeat(self._silence_s))
