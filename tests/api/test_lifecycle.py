@@ -20,7 +20,6 @@ import pytest
 
 from api.processes import ring_processes
 from distributed.launch import instance_id
-from tests.faulty_ranks import MESSAGE, FaultyRank
 from tests.running_server import RunningServer
 from tests.tiny_chat_model import write_tiny_chat_model
 
@@ -252,18 +251,3 @@ def test_a_wrong_key_is_said_at_once(new_server: NewServer):
 def test_a_ring_that_is_not_ready_in_time_is_given_up_with_its_last_word(new_server: NewServer):
     server = new_server(START_TIMEOUT=0.5)
     assert "START_TIMEOUT" in failure_of(server)
-
-
-def test_a_wedged_ring_shows_its_stacks_and_its_stream_goes_on(new_server: NewServer, tmp_path: Path):
-    fault = FaultyRank("wedge", 1, tmp_path / "trigger")
-    server = new_server(RING_SIZE=3, STEP_TIMEOUT=3, **fault.environment)
-    server.start()
-    undisturbed = text_of(stream_of(server))
-    stream = stream_of(server)
-    text = "".join(next(stream).choices[0].delta.content or "" for _ in range(20))
-    fault.fail_in_the_next_step()
-    assert text + text_of(stream) == undisturbed
-    log = server.log()
-    assert MESSAGE in log and "STEP_TIMEOUT" in log
-    for rank in range(3):
-        assert f"[rank {rank}/3]: stacks of all threads" in log
