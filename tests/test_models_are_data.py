@@ -26,7 +26,7 @@ UNPICKLERS = {
     "torch",
     "multiprocessing",
 }
-RUNNERS = {"eval", "exec", "compile", "__import__"}
+RUNNERS = {"eval", "exec", "__import__"}
 
 
 def test_nothing_of_ours_unpickles_or_runs_text():
