@@ -80,30 +80,36 @@ async def deliver_stream(
     caller: Caller,
     headers: Mapping[str, str],
     error_event: Callable[[ApiError], bytes] = sse.error_event,
+    keep_alive: bytes = sse.COMMENT,
 ) -> Response:
     """Send `events`, which iterates over the answer's steps and yields nothing before the first of them has come.
 
-    So what goes wrong before the first token still becomes an HTTP status. An error after that is written by
-    `error_event` and ends the stream.
+    So what goes wrong before the first token still becomes an HTTP status, unless that takes so long that the stream is
+    begun to keep proxies and clients alive. An error after that is written by `error_event` and ends the stream.
     """
+    first = asyncio.ensure_future(anext(events))
 
     async def end() -> None:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
         await events.aclose()
         _note_end(answer, service, caller)
 
     try:
-        first = await _unless_the_client_leaves(request, anext(events))
+        await _unless_the_client_leaves(request, asyncio.wait((first,), timeout=sse.KEEP_ALIVE_S))
+        if first.done():
+            first.result()
     except BaseException:
         await end()
         raise
-    return sse.EventStream(_events(first, events, error_event), end, headers)
+    return sse.EventStream(_events(first, events, error_event), end, headers, keep_alive)
 
 
 async def _events(
-    first: bytes, others: AsyncGenerator[bytes, None], error_event: Callable[[ApiError], bytes]
+    first: asyncio.Future[bytes], others: AsyncGenerator[bytes, None], error_event: Callable[[ApiError], bytes]
 ) -> AsyncIterator[bytes]:
-    yield first
     try:
+        yield await first
         async for event in others:
             yield event
     except ApiError as error:

@@ -1,8 +1,8 @@
-"""The api's end of the socket to rank 0, and the owner of every request that is not answered yet.
+"""The owner of every request that is not answered yet: it gives them to the ring and hands them what the ring draws.
 
-It listens, gives rank 0 its settings, passes the ring's life (`Progress`, `Ready`, `Failed`, its end) on to the
-supervisor, and hands each step's outputs to the requests. Requests stay here while no ring serves; `serve` sends them
-all to the new one. It never starts or stops a process, and it decides nothing about the ring.
+Requests stay here while no ring serves; `serve` gives them all to the new one, prompt and ids so far, in the order of
+the queue. Where a request may be what kills the rings, `api.suspects` says who is tried alone. It never starts or stops
+a process, and it decides nothing about the ring. Routes submit and cancel; the supervisor tells of the ring's life.
 """
 
 from __future__ import annotations
@@ -15,31 +15,25 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from api.errors import ApiError, ContextLengthExceeded, EngineFailure, InvalidRequest, QueueFull, Stalled
+from api.errors import ApiError, ContextLengthExceeded, EngineFailure, InvalidRequest, NotReady, QueueFull, Stalled
 from api.generation import Generation
 from api.limits import KeyLimits
 from api.metrics import RequestMetrics
+from api.ring_link import RingLink
+from api.suspects import Suspects
 from server.protocol import (
-    PROTOCOL_VERSION,
     Cancel,
-    Configure,
     Failed,
-    FromEngine,
     Progress,
-    ProtocolError,
     Ready,
     SequenceOutput,
     Shutdown,
     Stats,
     StepOutput,
-    ToEngine,
-    encode,
-    read_from_engine,
 )
 
 logger = logging.getLogger(__name__)
 
-MAX_RINGS_LOST = 3  # a request that was running each time so many rings died is not given to another one
 RETRY_AFTER_S = 5
 
 
@@ -57,18 +51,20 @@ class EngineClient:
         """`rank_settings`: what `Configure` carries to the ranks."""
         self.clock = clock
         self.metrics = RequestMetrics()
-        self.life: asyncio.Queue[Progress | Ready | Failed | None] = asyncio.Queue()  # None: rank 0 has gone
         self.stats: Stats | None = None
         self.ready: Ready | None = None
         self.serving_since: float | None = None
-        self.last_message_at = 0.0
         self.last_step_at = 0.0
+        self.num_tokens = 0  # that the last ring has drawn
         self.generations: dict[str, Generation] = {}  # unanswered, in the order they were accepted
-        self._rank_settings = rank_settings
+        self._link = RingLink(rank_settings, self._receive, clock)
+        self._on_ring: dict[str, Generation] = {}  # by the name that the ring which serves knows it by
+        self._worked_on: list[str] = []  # what the last ring was at when it ended
+        self._suspects = Suspects()
+        self._away_since = clock()  # while no ring serves: since when none has come nearer
         self._max_queued_requests = max_queued_requests
         self._request_timeout_s = request_timeout_s
         self._limits = KeyLimits(max_concurrent_per_key, max_queued_per_key)
-        self._writer: asyncio.StreamWriter | None = None
 
     # -- requests, for the routes ------------------------------------------------------------------------------------
 
@@ -124,72 +120,91 @@ class EngineClient:
 
     # -- the ring, for the supervisor --------------------------------------------------------------------------------
 
+    @property
+    def life(self) -> asyncio.Queue[Progress | Ready | Failed | None]:
+        """What rank 0 says of the ring; None: it has gone."""
+        return self._link.life
+
+    @property
+    def seconds_of_silence(self) -> float:
+        """How long the ring that serves has said nothing."""
+        return self.clock() - max(self._link.last_message_at, self.serving_since or 0.0)
+
     @contextlib.asynccontextmanager
     async def listening(self, socket_path: Path) -> AsyncIterator[None]:
         """Takes rank 0's connection at `socket_path` for the life of one ring; forgets that ring at the end."""
-        self.life = asyncio.Queue()
-        server = await asyncio.start_unix_server(self._connection, path=socket_path)
-        try:
-            yield
-        finally:
-            server.close()
-            self._drop_ring()
-            socket_path.unlink(missing_ok=True)
+        async with self._link.listening(socket_path):
+            try:
+                yield
+            finally:
+                self.suspend()
 
     def configure(self, rank_settings: dict[str, Any]) -> None:
         """What the next ring's ranks are told."""
-        self._rank_settings = rank_settings
+        self._link.rank_settings = rank_settings
 
     def serve(self, ready: Ready) -> None:
-        """The ring serves: everything that is unanswered goes to it, in the order it was accepted."""
+        """The ring serves: everything that is unanswered and may run goes to it, in the order it was accepted."""
         self.ready = ready
         now = self.clock()
         for generation in list(self.generations.values()):
             fits = generation.fit(ready.max_sequence_length)
             if reason := generation.unreported_end():
-                self._take_output(SequenceOutput(generation.request_id, finish_reason=reason), now)
+                self._take_output(generation, SequenceOutput(generation.request_id, finish_reason=reason), now)
             elif not fits:
                 self._fail(generation, _no_longer_fits(generation, ready))
-        self.serving_since = self.last_step_at = self.last_message_at = now
-        for generation in self.generations.values():
-            if not self._limits.holds_back(generation.request_id):
-                self._give(generation)
+        self.serving_since = self.last_step_at = now
+        self.num_tokens = 0
+        self._suspects.ring_began()
+        if self._suspects.on_trial is not None:
+            logger.warning("%s runs alone: rings died while they worked on it", self._suspects.on_trial)
+        self._give_all()
 
-    def suspend(self, *, lost: bool = True) -> None:
-        """No ring serves any more; what was running waits for the next one. `lost`: the ring, and not ended by us."""
+    def suspend(self) -> None:
+        """No ring serves any more; what is unanswered waits for the next one."""
         if self.serving_since is None:
             return
-        self.serving_since = None
+        self._worked_on = self._what_the_ring_works_on()
+        self._on_ring.clear()
+        self.serving_since, self._away_since = None, self.clock()
         self.stats = None
-        for generation in list(self.generations.values()):
-            generation.is_preempted = False  # the next ring has put nobody back
-            if not generation.is_running:
-                continue
-            generation.is_running = generation.is_prefilling = False
-            generation.rings_lost += lost
-            if generation.rings_lost >= MAX_RINGS_LOST:
-                message = f"The ring was lost {MAX_RINGS_LOST} times while it worked on this request; the log says how."
-                self._fail(generation, EngineFailure(message))
+        for generation in self.generations.values():
+            generation.leave_ring()
+
+    def blame(self) -> None:
+        """The last ring died and nobody knows why: it may have been one of the requests it worked on."""
+        guilty = self._suspects.ring_died([name for name in self._worked_on if name in self.generations])
+        self._worked_on = []
+        if guilty is not None:
+            logger.error("%s kills the ring whenever it runs: it is given up", guilty)
+            message = "The ring died each time it worked on this request, also while it had no other; the log says how."
+            self._fail(self.generations[guilty], EngineFailure(message))
 
     def shut_down(self) -> None:
         """Ask the ring to end."""
-        self._send(Shutdown())
+        self._link.send(Shutdown())
 
     def fail_all(self, error: ApiError) -> None:
         """No ring will come: every request ends with `error`."""
         for generation in list(self.generations.values()):
             self._fail(generation, error)
 
-    def expire(self) -> None:
-        """End the requests to which nothing happened for REQUEST_TIMEOUT while a ring was serving."""
-        if self.serving_since is None:
-            return
-        now = self.clock()
+    def comes_nearer(self) -> None:
+        """The start of a ring has got on, so those that wait for one do not wait in vain."""
+        self._away_since = self.clock()
+
+    def expire(self, state: str) -> None:
+        """End the requests to which nothing happened for REQUEST_TIMEOUT. `state`: why none serves, if none does."""
+        now, seconds = self.clock(), f"{self._request_timeout_s:g} s (REQUEST_TIMEOUT)"
+        is_away = self.serving_since is None
+        since = self._away_since if self.serving_since is None else self.serving_since
         for generation in list(self.generations.values()):
-            if now - max(generation.progressed_at, self.serving_since) > self._request_timeout_s:
-                seconds = f"{self._request_timeout_s:g}"
+            if now - max(generation.progressed_at, since) > self._request_timeout_s:
                 self._take_back(generation)
-                self._fail(generation, Stalled(f"The request made no progress for {seconds} s (REQUEST_TIMEOUT)."))
+                error = Stalled(f"The request made no progress for {seconds}.")
+                if is_away:
+                    error = NotReady(f"Nothing serves since {seconds}: {state}", retry_after_s=RETRY_AFTER_S)
+                self._fail(generation, error)
 
     def seconds_without_step(self) -> float:
         """How long frames have been in flight without one being completed; 0 where none is."""
@@ -197,98 +212,95 @@ class EngineClient:
             return 0.0
         return self.clock() - self.last_step_at
 
-    # -- the connection ----------------------------------------------------------------------------------------------
+    # -- what the ring says ------------------------------------------------------------------------------------------
 
-    def _send(self, message: ToEngine) -> None:
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(encode(message))
-
-    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._writer is not None:
-            writer.close()
-            return
-        self._writer, life = writer, self.life
-        self._send(Configure(PROTOCOL_VERSION, self._rank_settings))
-        try:
-            # Once the ring is dropped, what this connection still holds must not be taken for the next one's words.
-            while (message := await read_from_engine(reader)) is not None and self._writer is writer:
-                self._receive(message)
-        except ProtocolError as error:
-            life.put_nowait(Failed(f"rank 0 sent what the api does not understand: {error}", permanent=False))
-        finally:
-            life.put_nowait(None)
-
-    def _receive(self, message: FromEngine) -> None:
-        now = self.last_message_at = self.clock()
-        if isinstance(message, StepOutput):
-            self.last_step_at = now
-            for request_id in message.preempted:
-                if generation := self.generations.get(request_id):
-                    generation.preempt()
-            for started in message.started:
-                if generation := self.generations.get(started.request_id):
-                    self.metrics.starts(generation, now)
-                    generation.start(now, started.num_cached_tokens)
-            for output in message.outputs:
-                self._take_output(output, now)
-        elif isinstance(message, Stats):
+    def _receive(self, message: StepOutput | Stats) -> None:
+        now = self.clock()
+        if isinstance(message, Stats):
             self._take_stats(message, now)
-        else:
-            self.life.put_nowait(message)
+            return
+        self.last_step_at = now
+        for name in message.preempted:
+            if generation := self._on_ring.get(name):
+                generation.preempt()
+        for started in message.started:
+            if generation := self._on_ring.get(started.request_id):
+                self.metrics.starts(generation, now)
+                generation.start(now, started.num_cached_tokens)
+        for output in message.outputs:
+            if generation := self._on_ring.get(output.request_id):  # else it was taken back meanwhile
+                self._take_output(generation, output, now)
 
     def _take_stats(self, stats: Stats, now: float) -> None:
         if self.stats is None or stats.num_steps != self.stats.num_steps:
             self.last_step_at = now
             # A long prompt gives nothing to its client for many steps, and yet each is progress. Who had to step back
-            # was promised an answer, and waits for others that get on.
+            # was promised an answer, and waits for others that get on; so does who waits for a trial.
             for generation in self.generations.values():
-                if generation.is_prefilling or generation.is_preempted:
+                waits = generation.is_preempted or not self._suspects.may_run(generation.request_id)
+                if generation.is_prefilling or waits:
                     generation.progressed_at = now
         elif stats.num_frames_in_flight == 0:
             self.last_step_at = now
         self.stats = stats
 
-    def _take_output(self, output: SequenceOutput, now: float) -> None:
-        generation = self.generations.get(output.request_id)
-        if generation is None:  # cancelled while the step was on its way
-            return
+    def _take_output(self, generation: Generation, output: SequenceOutput, now: float) -> None:
         if output.finish_reason == "error":
             self._fail(generation, EngineFailure(output.error or "The ring could not serve this request."))
             return
         if output.token_ids:
             self.metrics.takes_tokens(generation, now)
         generation.take(output, now)
+        self.num_tokens += len(output.token_ids)
         if output.finish_reason is not None:
             self._forget(generation)
+        elif self._suspects.gained(generation.request_id, len(output.token_ids)):
+            logger.info("%s is cleared", generation.request_id)
+            if self._suspects.on_trial is not None:  # who runs alone next
+                self._take_back(generation)
+            self._give_all()
 
-    def _fail(self, generation: Generation, error: ApiError) -> None:
-        self._forget(generation)
-        generation.fail(error)
+    def _what_the_ring_works_on(self) -> list[str]:
+        """Ids of the requests that run there; where none does, of all it was given: it looks at each when it comes."""
+        given = sorted(self._on_ring.values(), key=lambda generation: generation.priority)
+        running = [generation for generation in given if generation.is_running]
+        return [generation.request_id for generation in running or given]
 
     # -- what the ring is given --------------------------------------------------------------------------------------
 
+    def _give_all(self) -> None:
+        for generation in self.generations.values():
+            self._give(generation)
+
     def _give(self, generation: Generation) -> None:
-        """To the ring, where one serves; `serve` gives the others to the next one."""
-        if self.serving_since is not None:
-            self._send(generation.submit_message())
+        """To the ring that serves, where it may be there and is not; `serve` gives the others to the next one."""
+        request_id = generation.request_id
+        if self.serving_since is None or generation.name_on_ring in self._on_ring:
+            return
+        if not self._limits.holds_back(request_id) and self._suspects.may_run(request_id):
+            self._on_ring[generation.name_on_ring] = generation
+            self._link.send(generation.submit_message())
 
     def _take_back(self, generation: Generation) -> None:
-        if self.serving_since is not None and not self._limits.holds_back(generation.request_id):
-            self._send(Cancel(generation.request_id))
+        """Off the ring. What it still says of the request is nobody's: should it get it again, by another name."""
+        if self._on_ring.pop(generation.name_on_ring, None) is not None:
+            self._link.send(Cancel(generation.name_on_ring))
+            generation.step_aside()
 
     def _forget(self, generation: Generation) -> None:
-        """It is over; whoever of the same key waits for its place has it now."""
+        """It is over; who waited for its place, or for the end of its trial, has it now."""
         del self.generations[generation.request_id]
+        self._on_ring.pop(generation.name_on_ring, None)
         successor = self._limits.leave(generation.owner, generation.request_id)
         if successor is not None:
             self.generations[successor].progressed_at = self.clock()
             self._give(self.generations[successor])
+        if self._suspects.forget(generation.request_id):
+            self._give_all()
 
-    def _drop_ring(self) -> None:
-        self.suspend()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+    def _fail(self, generation: Generation, error: ApiError) -> None:
+        self._forget(generation)
+        generation.fail(error)
 
 
 def _no_longer_fits(generation: Generation, ready: Ready) -> ApiError:

@@ -58,13 +58,18 @@ class Generation:
     is_running: bool = False  # its prefill has begun on the ring that serves now
     is_prefilling: bool = False  # and that ring has given it no token yet
     is_preempted: bool = False  # that ring had begun with it and has put it back into its queue
-    rings_lost: int = 0  # while this request was running
+    num_asides: int = 0  # how often the ring that serves had to give it back
     _outputs: asyncio.Queue[SequenceOutput | ApiError] = field(default_factory=asyncio.Queue)
+
+    @property
+    def name_on_ring(self) -> str:
+        """What the ring that serves calls it: another name each time it gets it, so old words are not taken for new."""
+        return f"{self.request_id}~{self.num_asides}" if self.num_asides else self.request_id
 
     def submit_message(self) -> Submit:
         """The request as a ring gets it, the first time or again."""
         return Submit(
-            request_id=self.request_id,
+            request_id=self.name_on_ring,
             prompt_token_ids=self.prompt_token_ids,
             sampling=self.sampling,
             max_tokens=self.max_tokens,
@@ -94,6 +99,16 @@ class Generation:
         """The ring needs its memory for others; it goes on later."""
         self.is_running = self.is_prefilling = False
         self.is_preempted = True
+
+    def step_aside(self) -> None:
+        """The ring has given it back, and may get it again."""
+        self.is_running = self.is_prefilling = self.is_preempted = False
+        self.num_asides += 1
+
+    def leave_ring(self) -> None:
+        """The ring that served is gone."""
+        self.is_running = self.is_prefilling = self.is_preempted = False
+        self.num_asides = 0
 
     def take(self, output: SequenceOutput, now: float) -> None:
         """What a step gave it."""

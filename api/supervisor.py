@@ -1,8 +1,8 @@
-"""Keeps a ring running: starts it, watches it, starts it again, gives up where that cannot help, ends it in order.
+"""Keeps a ring running: starts it, starts it again, gives up where that cannot help, ends it in order.
 
-The one owner of the server's state (`starting`, `ready`, `restarting`, `failed`, `stopping`). It judges a ring by
-rank 0's connection and by completed steps, never by an exit code, and it knows nothing of HTTP. `python -m api` runs it
-beside the HTTP server; the routes read its state.
+The one owner of the server's state (`starting`, `ready`, `restarting`, `failed`, `stopping`). `api.ring_watch` says
+when a ring is lost and `api.restart_policy` what follows; a machine that is away is waited for. It knows nothing of
+HTTP. `python -m api` runs it beside the HTTP server; the routes read its state.
 """
 
 from __future__ import annotations
@@ -13,46 +13,42 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from api.engine_client import RETRY_AFTER_S, EngineClient
 from api.errors import NotReady
-from api.ports import check_port
+from api.restart_policy import RestartPolicy, RingLost
+from api.ring_ports import RingPorts
 from api.ring_process import RingProcess, end_ring
-from api.runtime_files import RING_FILE, AlreadyRunning, lock_port, write_json
+from api.ring_watch import Replaced, RingWatch
+from api.runtime_files import RING_FILE, write_json
 from api.tokenizer import ChatTokenizer
 from config import Settings
-from distributed.errors import DistributedError, ModelError, ModelUnavailable
-from distributed.hosts import RankHost, ring_hosts
+from distributed.errors import DistributedError, HostAway, HostError, ModelError, ModelUnavailable
+from distributed.hosts import ring_hosts, ssh_targets
 from distributed.launch import run_dir
-from server.protocol import Failed, Progress, RankInfo, Ready
+from distributed.remnants import end_on_workers
+from server.protocol import RankInfo, Ready
 
 logger = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "restarting", "failed", "stopping"]
 
-MAX_FAILED_STARTS = 3  # of a server that was never ready: its settings are wrong, not its luck
-LONGEST_BACKOFF_S = 30.0
-STABLE_S = 60.0  # a ring that served so long starts the count of deaths anew
-SILENCE_S = 30.0  # rank 0 says something each second
 END_GRACE_S = 10.0  # for ranks that are asked to end
-LOST_GRACE_S = 2.0  # for what is left of a ring that was lost: it ends by itself, or is wedged
+LOST_GRACE_S = 1.0  # for what is left of a ring that was lost: it ends by itself, or is wedged
+LONGEST_LOOK_S = 10.0  # between two looks for a machine that is away
 
 
-class RingLost(Exception):
-    """This ring is over. `permanent`: another one would end the same way."""
+@dataclass(frozen=True)
+class Absence:
+    """A machine without which no ring can be formed."""
 
-    def __init__(self, reason: str, *, permanent: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.permanent = permanent
-        self.served = False  # whether it was ready before
-
-
-class Replaced(Exception):
-    """This ring is to end in favour of one with other settings."""
+    host: str
+    since: float  # time.time()
+    reason: str
 
 
 class Supervisor:
@@ -62,6 +58,7 @@ class Supervisor:
         self.tokenizer: ChatTokenizer | None = None  # of the first ring that was ready; stays when a ring is lost
         self.num_lost = 0  # rings that were lost while they served
         self.hurry = False  # set by whoever wants `stop` to wait for nobody
+        self.waiting_for: list[Absence] = []
         self.notice = ""  # why the settings of the last `reload` are not those that serve
         self._settings = settings
         self._served_settings: Settings | None = None  # those of the last ring that was ready
@@ -69,7 +66,8 @@ class Supervisor:
         self._reloads = asyncio.Event()
         self._engine = engine
         self._instance = instance
-        self._port_locks: dict[int, IO[str]] = {}
+        self._ports = RingPorts()
+        self._ready_since = 0.0  # time.monotonic()
         self._sockets = Path(tempfile.mkdtemp(prefix="mlx-ring-"))  # only its owner may enter
 
     # -- for the routes ----------------------------------------------------------------------------------------------
@@ -85,39 +83,59 @@ class Supervisor:
         """The ranks of the ring that serves, as last heard; none where no ring serves."""
         if self._engine.serving_since is None or self._engine.ready is None:
             return []
-        return self._engine.stats.ranks if self._engine.stats else self._engine.ready.ranks
+        return (self._engine.stats and self._engine.stats.ranks) or self._engine.ready.ranks
 
     # -- the ring's life ---------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Keep a ring running until cancelled, or until it is clear that none will."""
-        failures = 0
-        try:
-            while True:
-                began = time.monotonic()
-                self._take_asked_settings()
-                try:
-                    await self._one_ring()
-                except Replaced:
-                    failures = 0
-                    continue
-                except RingLost as error:
-                    lost = error
-                except Exception as error:  # the outermost frame of a ring
-                    logger.exception("an error that nobody expected")
-                    lost = self._lost(RingLost(f"an error that nobody expected: {_said(error)}"))
-                if self._has_others_to_try(lost):
-                    failures = 0
-                    continue
-                failures = 1 if lost.served and time.monotonic() - began > STABLE_S else failures + 1
-                if lost.permanent or (self.tokenizer is None and failures >= MAX_FAILED_STARTS):
-                    self._give_up(lost.reason)
-                    return
-                backoff_s = 0 if lost.served and failures == 1 else min(2.0**failures, LONGEST_BACKOFF_S)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._reloads.wait(), backoff_s)
-        finally:
-            self.close()
+        async with asyncio.TaskGroup() as tasks:
+            expiring = tasks.create_task(self._expire_requests(), name="expire requests")
+            try:
+                await self._run_rings()
+            finally:
+                expiring.cancel()
+                self.close()
+
+    async def _run_rings(self) -> None:
+        policy = RestartPolicy()
+        while True:
+            self._take_asked_settings()
+            try:
+                await self._one_ring()
+            except Replaced:
+                policy.begin_anew()
+                continue
+            except RingLost as error:
+                lost = error
+            except Exception as error:  # the outermost frame of a ring
+                logger.exception("an error that nobody expected")
+                lost = self._lost(RingLost(f"an error that nobody expected: {_said(error)}"))
+            if self._has_others_to_try(lost):
+                policy.begin_anew()
+                continue
+            away = await self._machines_away()
+            if away and self.tokenizer is not None:
+                await self._wait_for_machines(away)
+                policy.begin_anew()
+                continue
+            if lost.has_served and not lost.is_explained:
+                self._engine.blame()
+            delay_s = policy.seconds_to_next_start(lost)
+            if delay_s is None:
+                self._give_up("; ".join(map(str, away.values())) or lost.reason)
+                return
+            await self._sleep(delay_s)
+
+    async def _sleep(self, delay_s: float) -> None:
+        """Or until other settings are asked for."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._reloads.wait(), delay_s)
+
+    async def _expire_requests(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.poll_interval)
+            self._engine.expire(self.detail)
 
     def reload(self, settings: Settings) -> bool:
         """End the ring in order and start one with `settings`, which go with the tokenizer; requests go on there.
@@ -143,7 +161,7 @@ class Supervisor:
         """Whether the next ring has other settings: those asked for, or after them, if they never served, the old."""
         if self._asked_settings is not None:
             return True
-        if lost.served or self._served_settings in (None, self._settings):
+        if lost.has_served or self._served_settings in (None, self._settings):
             return False
         self.notice = f"the settings of the last restart do not work, those from before serve: {lost.reason}"
         logger.error("%s", self.notice)
@@ -165,8 +183,7 @@ class Supervisor:
 
     def close(self) -> None:
         """Removes the folder of the socket, and frees the ring's ports for other servers."""
-        while self._port_locks:
-            self._port_locks.popitem()[1].close()
+        self._ports.close()
         shutil.rmtree(self._sockets, ignore_errors=True)
 
     def _enter(self, state: State, detail: str) -> None:
@@ -187,41 +204,28 @@ class Supervisor:
         ring: RingProcess | None = None
         async with self._engine.listening(socket_path):
             try:
-                self._take_ports(await asyncio.to_thread(ring_hosts, self._settings))
+                self._ports.take(await asyncio.to_thread(ring_hosts, self._settings))
                 ring = await RingProcess.start(self._settings, socket_path, self._instance)
                 self._write_ring_file(ring)
-                async with asyncio.timeout(self._settings.start_timeout) as start:
-                    ready = await self._until_ready(ring, start)
-                    await self._load_tokenizer(ready)
+                watch = RingWatch(ring, self._engine, self._settings, self._instance, self._reloads)
+                ready = await watch.until_ready(lambda detail: self._enter(self.state, detail))
+                await self._load_tokenizer(ready)
                 if self._reloads.is_set():
                     raise Replaced
-                ring.stop_spinning()
                 self._write_ring_file(ring, ready)
                 self._served_settings = self._settings
                 self._engine.serve(ready)
+                self._ready_since = time.monotonic()
                 self._enter("ready", self.notice)
-                await self._until_lost(ring)
+                await watch.until_lost()
             except (OSError, DistributedError, RingLost) as error:
                 raise self._lost(error) from error
             finally:
                 is_asked = self.state == "stopping" or self._reloads.is_set()
-                self._engine.suspend(lost=not is_asked)
+                self._engine.suspend()
                 self._engine.shut_down()
                 if ring is not None:
                     await ring.end(END_GRACE_S if is_asked else LOST_GRACE_S)
-
-    def _take_ports(self, hosts: Sequence[RankHost]) -> None:
-        """Raises RingLost where a ring port of this machine is another server's, or another program's."""
-        local = local_ports(hosts)
-        for port in self._port_locks.keys() - {port for _, port in local}:
-            self._port_locks.pop(port).close()
-        for _, port in local:
-            if port not in self._port_locks:
-                try:
-                    self._port_locks[port] = lock_port(port)
-                except AlreadyRunning as error:
-                    raise RingLost(f"{error}: set RING_PORT to the first of free ports") from error
-        check_ports(local)
 
     def _lost(self, error: OSError | DistributedError | RingLost) -> RingLost:
         """Notes that the ring is over, and why."""
@@ -230,58 +234,42 @@ class Supervisor:
         elif isinstance(error, DistributedError):
             permanent = isinstance(error, ModelError) and not isinstance(error, ModelUnavailable)
             lost = RingLost(str(error), permanent=permanent)
-        elif isinstance(error, TimeoutError):
-            seconds = f"{self._settings.start_timeout:g}"
-            lost = RingLost(f"its start made no progress for START_TIMEOUT={seconds} s; last: {self.detail}")
         else:
             lost = RingLost(f"it cannot be started: {error}")
-        lost.served = self.state == "ready"
-        self.num_lost += lost.served
+        if self.state == "ready":
+            lost.served_s = time.monotonic() - self._ready_since
+            lost.num_tokens = self._engine.num_tokens
+            self.num_lost += 1
         logger.error("the ring is lost: %s", lost.reason)
         self._enter("starting" if self.tokenizer is None else "restarting", lost.reason)
         return lost
 
-    async def _until_ready(self, ring: RingProcess, start: asyncio.Timeout) -> Ready:
-        """Whatever is new gives the start START_TIMEOUT again: a large model may take hours to download."""
-        while True:
-            event = await self._next_event(ring)
-            if isinstance(event, Ready):
-                return event
-            if event is None:
-                continue
-            ring.stop_spinning()  # the ring is formed, so no rank reads its stdin any more; loading wants the core
-            if event.detail != self.detail:
-                logger.info("%s", event.detail)
-                self._enter(self.state, event.detail)
-                start.reschedule(asyncio.get_running_loop().time() + self._settings.start_timeout)
+    # -- the other machines ------------------------------------------------------------------------------------------
 
-    async def _until_lost(self, ring: RingProcess) -> None:
-        while True:
-            await self._next_event(ring)
-            self._engine.expire()
-            stuck_s = self._engine.seconds_without_step()
-            if stuck_s > self._settings.step_timeout:
-                raise RingLost(f"it has work and completed no step for {stuck_s:.0f} s (STEP_TIMEOUT)")
-            if time.monotonic() - self._engine.last_message_at > SILENCE_S:
-                raise RingLost(f"rank 0 was silent for {SILENCE_S:.0f} s")
-
-    async def _next_event(self, ring: RingProcess) -> Progress | Ready | None:
-        """What rank 0 said next, None after POLL_INTERVAL without a word. Raises RingLost where the ring is over, and
-        Replaced where another one is asked for."""
-        if self._reloads.is_set():
-            raise Replaced
+    async def _machines_away(self) -> dict[str, HostError]:
+        """The machines that do not answer, and why. On the others nothing of a lost ring is left then."""
         try:
-            async with asyncio.timeout(self._settings.poll_interval):
-                event = await self._engine.life.get()
-        except TimeoutError:
-            if ring.has_exited:
-                raise RingLost(_last_words("mlx.launch ended", ring)) from None
-            return None
-        if isinstance(event, Failed):
-            raise RingLost(event.message, permanent=event.permanent)
-        if event is None:
-            raise RingLost(_last_words("rank 0 is gone", ring))
-        return event
+            targets = ssh_targets(self._settings)
+        except HostError:  # HOSTFILE cannot be read, which the next start will say
+            return {}
+        failures = await asyncio.to_thread(end_on_workers, self._settings, targets, self._instance) if targets else {}
+        for failure in failures.values():
+            logger.warning("%s", failure)
+        return {target: failure for target, failure in failures.items() if isinstance(failure, HostAway)}
+
+    async def _wait_for_machines(self, away: Mapping[str, HostError]) -> None:
+        """Until all of them answer, however long that takes, or other settings are asked for."""
+        look_s = 1.0
+        while away and not self._reloads.is_set():
+            known = {absence.host: absence.since for absence in self.waiting_for}
+            self.waiting_for = [
+                Absence(host, known.get(host, time.time()), str(reason)) for host, reason in away.items()
+            ]
+            self._enter("restarting", f"waiting for {', '.join(away)}: {'; '.join(map(str, away.values()))}")
+            await self._sleep(look_s)
+            look_s = min(2 * look_s, LONGEST_LOOK_S)
+            away = await self._machines_away()
+        self.waiting_for = []
 
     async def _load_tokenizer(self, ready: Ready) -> None:
         path = Path(ready.model_path)
@@ -304,28 +292,5 @@ class Supervisor:
         write_json(path, {"launcher_pid": ring.pid, "instance": self._instance, "ranks": ranks})
 
 
-def local_ports(hosts: Sequence[RankHost]) -> list[tuple[str, int]]:
-    """Address and port wherever a rank of this machine listens; a ring of one listens nowhere."""
-    ranks = [host for host in hosts if host.is_local] if len(hosts) > 1 else []
-    return [pair for rank in ranks for pair in zip(rank.addresses, rank.ports, strict=True)]
-
-
-def check_ports(ports: Sequence[tuple[str, int]]) -> None:
-    """Raises RingLost where something listens: MLX would share the port with it in silence."""
-    for address, port in ports:
-        try:
-            check_port(address, port)
-        except OSError as error:
-            raise RingLost(
-                f"ring port {port} on {address} cannot be used ({error.strerror}): end what uses it, or set "
-                "RING_PORT to the first of free ports"
-            ) from error
-
-
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _last_words(what: str, ring: RingProcess) -> str:
-    last = next((line for line in reversed(ring.last_lines) if line), "it printed nothing")
-    return f"{what}; its last line: {last[:500]}"

@@ -5,6 +5,7 @@
     │   └── ModelUnavailable  it could not be fetched just now
     ├── PartitionError        the layers do not fit, or LAYER_SPLIT does not add up
     ├── HostError             a machine of the ring cannot take part
+    │   └── HostAway          it does not answer over ssh just now
     └── RingError             the ring could not be formed, or broke
         └── HandshakeError    the ranks are not alike: versions, code or model differ
 
@@ -30,6 +31,10 @@ class PartitionError(DistributedError):
 
 class HostError(DistributedError):
     """A machine of the ring cannot take part; the message names it and the mend."""
+
+
+class HostAway(HostError):
+    """A machine does not answer over ssh just now: it is off, its cable is out, or it does not let us in."""
 
 
 class RingError(DistributedError):

@@ -68,6 +68,13 @@ def worker_targets(hosts: Sequence[RankHost]) -> list[str]:
     return list(dict.fromkeys(host.ssh for host in hosts if host.ssh is not None))
 
 
+def ssh_targets(settings: Settings) -> list[str]:
+    """The other machines as ssh is given them, each once. Unlike `ring_hosts` it looks up no name of WORKER_HOSTS."""
+    if settings.hostfile:
+        return worker_targets(ring_hosts(settings))
+    return list(dict.fromkeys(name for name in settings.worker_hosts if name not in LOCAL_NAMES))
+
+
 def hostfile_envs(settings: Settings) -> list[str]:
     """The NAME=value lines that a HOSTFILE asks to set on every rank."""
     if not settings.hostfile:

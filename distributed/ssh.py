@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distributed.errors import HostError
+from distributed.errors import HostAway, HostError
 
 if TYPE_CHECKING:
     from config import Settings
@@ -21,6 +21,7 @@ CONNECT_TIMEOUT_S = 10
 # A host that stops answering is given up after INTERVAL x COUNT seconds; ssh alone would wait for hours.
 KEEPALIVE_INTERVAL_S = 5
 KEEPALIVE_COUNT = 3
+SSH_FAILED = 255  # ssh's own exit code, told apart from those of what it runs
 
 
 def ssh_options(settings: Settings) -> list[str]:
@@ -56,14 +57,36 @@ def script_as_input(script: str) -> bytes:
 
 
 def run_script(settings: Settings, target: str, script: str, *, timeout_s: float) -> subprocess.CompletedProcess[str]:
-    """Run a POSIX shell script on `target` and wait for it. HostError when it takes longer than `timeout_s`."""
+    """Run a POSIX shell script on `target` and wait for it.
+
+    Raises:
+        HostAway: ssh could not get there, or it took longer than `timeout_s`.
+    """
     argv = ssh_argv(settings, target, "sh -s")
     try:
         done = subprocess.run(argv, input=script_as_input(script), capture_output=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:
-        raise HostError(f"{target}: did not answer within {timeout_s:.0f} s; try `ssh {target}` by hand") from error
+        raise HostAway(f"{target}: did not answer within {timeout_s:.0f} s; try `ssh {target}` by hand") from error
     stdout, stderr = (stream.decode(errors="replace") for stream in (done.stdout, done.stderr))
+    if done.returncode == SSH_FAILED:
+        raise HostAway(_ssh_failure(target, stderr))
     return subprocess.CompletedProcess(argv, done.returncode, stdout, stderr)
+
+
+def _ssh_failure(target: str, stderr: str) -> str:
+    said = " ".join(stderr.split())
+    mends = {
+        "Permission denied": f"it does not let this machine in without a password: ssh-copy-id {target}",
+        "Host key verification failed": f"its key is not known here: run `ssh {target}` once and confirm it",
+        "Could not resolve": "its name is not known here: correct WORKER_HOSTS",
+        "Connection refused": "no ssh server runs there: switch on Remote Login (macOS: System Settings, General,"
+        " Sharing) or install openssh-server",
+        "No route to host": "it is not reachable: check cable and address; on macOS allow the terminal under System"
+        " Settings, Privacy & Security, Local Network",
+        "timed out": "it does not answer: check that it is on and its address right",
+    }
+    mend = next((mend for sign, mend in mends.items() if sign in said), f"ssh failed; try `ssh {target}` by hand")
+    return f"{target}: {mend} (ssh: {said or 'no message'})"
 
 
 def write_ssh_shim(settings: Settings, folder: Path) -> Path:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ANSWER_TIMEOUT_S = 60.0
 LINK_TIMEOUT_S = 10.0
 SLOW_LINK_BYTES_PER_S = 50e6  # half of what a gigabit cable carries
-NO_PYTHON = 71  # exit code of our script, told apart from ssh's 255
+NO_PYTHON = 71  # exit code of our script
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT_SCRIPT = Path(__file__).with_name("environment.sh")
@@ -168,8 +168,6 @@ exec "$python" -c {shlex.quote(probe)} "$folder" {shlex.quote(json.dumps(questio
     if done.returncode == 0:
         # A login script that prints comes first; the answer is the last line.
         return json.loads(done.stdout.strip().splitlines()[-1])
-    if done.returncode == 255:
-        raise HostError(_ssh_failure(target, done.stderr))
     raise HostError(f"{target}: {done.stderr.strip()}")
 
 
@@ -191,22 +189,6 @@ def _check_login_shell(settings: Settings, target: str) -> None:
     )  # fmt: skip
     if "fine" not in done.stdout:
         raise HostError(f"{target}: its login shell is neither bash nor zsh, which mlx.launch needs: chsh -s /bin/bash")
-
-
-def _ssh_failure(target: str, stderr: str) -> str:
-    said = " ".join(stderr.split())
-    mends = {
-        "Permission denied": f"it does not let this machine in without a password: ssh-copy-id {target}",
-        "Host key verification failed": f"its key is not known here: run `ssh {target}` once and confirm it",
-        "Could not resolve": "its name is not known here: correct WORKER_HOSTS",
-        "Connection refused": "no ssh server runs there: switch on Remote Login (macOS: System Settings, General,"
-        " Sharing) or install openssh-server",
-        "No route to host": "it is not reachable: check cable and address; on macOS allow the terminal under System"
-        " Settings, Privacy & Security, Local Network",
-        "timed out": "it does not answer: check that it is on and its address right",
-    }
-    mend = next((mend for sign, mend in mends.items() if sign in said), f"ssh failed; try `ssh {target}` by hand")
-    return f"{target}: {mend} (ssh: {said or 'no message'})"
 
 
 # -- comparing -------------------------------------------------------------------------------------------------------

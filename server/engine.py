@@ -159,7 +159,7 @@ class Engine:
         ranks = decode_reports(reports)
         is_whole = len(ranks) == self._pipeline.ring.size
         if not is_whole or any(info.state != READY for info in ranks):  # said before the ring was ready
-            return
+            ranks = []
         self._api.send(structs.replace(self._stats, ranks=ranks))
 
 

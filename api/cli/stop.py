@@ -12,10 +12,11 @@ from pathlib import Path
 
 import psutil
 
-from api.cli.processes import end_on_workers, find_api, worker_targets_of_last_ring
+from api.cli.processes import find_api, worker_targets_of_last_ring
 from api.processes import end_processes, ring_processes
 from config import ConfigError, Settings, load_config
 from distributed.launch import instance_id, run_dir
+from distributed.remnants import end_on_workers
 
 TERM_GRACE_S = 5.0
 API_END_GRACE_S = 25.0  # on top of SHUTDOWN_GRACE_S: the api gives the ring time to end as well
@@ -44,7 +45,7 @@ def end_everything(root: Path, *, drain: bool = True) -> int:
         _end_api(api, settings.shutdown_grace_s if drain else 0.0)
     end_processes(ring_processes(instance), TERM_GRACE_S)
     failures = end_on_workers(settings, worker_targets_of_last_ring(root), instance)
-    for failure in failures:
+    for failure in failures.values():
         print(f"could not look for ranks there: {failure}", file=sys.stderr)
     if not failures:
         (run_dir(root) / "hostfile.json").unlink(missing_ok=True)

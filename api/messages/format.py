@@ -20,6 +20,7 @@ from api.output.deltas import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
 from api.schemas import anthropic_answer as schema
 from api.schemas.anthropic import MessagesRequest, ThinkingAdaptive, ThinkingEnabled
 
+PING = b'event: ping\ndata: {"type": "ping"}\n\n'  # where nothing else comes, as Anthropic's own service sends it
 SIGNATURE = ""  # a thinking block's; nothing here would check one
 
 

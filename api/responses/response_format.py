@@ -71,8 +71,7 @@ class ResponseFormat:
         except ApiError as error:
             if not has_begun:
                 raise
-            for event in self._failure(error):
-                yield event
+            yield self.error_event(error)
             return
         finally:
             await steps.aclose()
@@ -85,7 +84,7 @@ class ResponseFormat:
         response = self.whole()
         return [*events, self._lifecycle(f"response.{response.status}", response)]
 
-    def _failure(self, error: ApiError) -> list[bytes]:
+    def error_event(self, error: ApiError) -> bytes:
         """How a stream that has begun ends where something goes wrong."""
         events: list[schema.Event] = self._writer.finish("incomplete")
         said = error_object(error)["error"]
@@ -94,10 +93,8 @@ class ResponseFormat:
         failed = self._response("failed")
         failed.error = schema.ResponseError(code="server_error", message=error.message)
         self._store(failed)
-        return [
-            *[sse.named_event(event.type, event) for event in events],
-            self._lifecycle("response.failed", failed),
-        ]
+        written = [sse.named_event(event.type, event) for event in events]
+        return b"".join([*written, self._lifecycle("response.failed", failed)])
 
     def _store(self, response: schema.Response) -> None:
         if self._save is not None:

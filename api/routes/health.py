@@ -7,6 +7,7 @@ who show one. Read by launch.sh, by load balancers and by people.
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -16,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from api.engine_client import RETRY_AFTER_S
 from api.service import service_of
+from api.supervisor import Absence
 from server.protocol import RankInfo, SchedulerCounters
 
 router = APIRouter()
@@ -35,6 +37,7 @@ async def health(request: Request) -> Response:
     if not service.settings.api_keys or hasattr(request.state, "api_key_label"):
         report |= {
             "detail": supervisor.detail,
+            "waiting_for": [_absence(absence) for absence in supervisor.waiting_for],
             "max_sequence_length": ready.max_sequence_length if ready else None,
             "kv_cache_tokens": ready.kv_cache_tokens if ready else None,
             "requests": {"running": engine.num_running, "waiting": engine.num_waiting},
@@ -43,6 +46,11 @@ async def health(request: Request) -> Response:
         }
     headers = {} if is_ready else {"Retry-After": str(RETRY_AFTER_S)}
     return JSONResponse(report, 200 if is_ready else 503, headers)
+
+
+def _absence(absence: Absence) -> dict[str, str]:
+    since = datetime.fromtimestamp(absence.since, UTC)
+    return {"host": absence.host, "since": since.isoformat(timespec="seconds"), "reason": absence.reason}
 
 
 def _prefix_cache(counters: SchedulerCounters) -> dict[str, int]:

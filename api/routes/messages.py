@@ -16,7 +16,7 @@ from starlette.responses import Response
 from api.caller import caller_of
 from api.delivery import counting_refusals, deliver_stream, deliver_whole, receive
 from api.errors import ApiError, InvalidRequest
-from api.messages.format import MessagesFormat, error_event
+from api.messages.format import PING, MessagesFormat, error_event
 from api.messages.request import Translation, translate
 from api.schemas.anthropic import CountTokensRequest, MessagesRequest
 from api.schemas.anthropic_answer import TokenCount
@@ -41,7 +41,7 @@ async def create_message(request: Request) -> Response:
     answer_format = MessagesFormat(asked, answer)
     if asked.stream:
         events = answer_format.events()
-        return await deliver_stream(request, service, answer, events, caller, headers, error_event(request_id))
+        return await deliver_stream(request, service, answer, events, caller, headers, error_event(request_id), PING)
     return await deliver_whole(request, service, answer, answer_format.whole, caller, headers)
 
 

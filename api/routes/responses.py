@@ -53,7 +53,8 @@ async def create_response(request: Request) -> Response:
     is_stored = store.keeps_any and asked.store is not False
     response = ResponseFormat(asked, answer, service.token_text, save if is_stored else None)
     if asked.stream:
-        return await deliver_stream(request, service, answer, response.events(), caller, headers)
+        events = response.events()
+        return await deliver_stream(request, service, answer, events, caller, headers, response.error_event)
     return await deliver_whole(request, service, answer, response.whole, caller, headers, response.run)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from api.engine_client import MAX_RINGS_LOST, EngineClient
-from api.errors import ApiError, ContextLengthExceeded, EngineFailure, QueueFull, Stalled
+from api.engine_client import EngineClient
+from api.errors import ApiError, ContextLengthExceeded, EngineFailure, NotReady, QueueFull, Stalled
 from api.generation import Generation
 from server.protocol import (
     Cancel,
@@ -38,6 +38,12 @@ def clock() -> Clock:
 @pytest.fixture
 def client(clock: Clock) -> EngineClient:
     return EngineClient({"model_name": "m"}, max_queued_requests=1, request_timeout_s=10, clock=clock)
+
+
+@pytest.fixture
+def roomy(clock: Clock) -> EngineClient:
+    """A client whose queue is long enough for what a test sends."""
+    return EngineClient({}, max_queued_requests=9, request_timeout_s=10, clock=clock)
 
 
 def generation(**fields: Any) -> Generation:
@@ -256,32 +262,124 @@ def test_limits_of_a_key_hold_across_rings(tmp_path: Path):
     run(test())
 
 
-def test_a_ring_that_was_ended_by_us_is_no_ring_a_request_was_lost_with(client: EngineClient, tmp_path: Path):
-    async def test() -> None:
-        request = generation()
-        client.submit(request)
-        async with connected(client, tmp_path) as engine:
-            await engine.read()
+async def die(client: EngineClient, folder: Path, *begun: Generation) -> list[str]:
+    """A ring that begins with these and dies out of the blue. Returns the requests it was given."""
+    async with connected(client, folder) as engine:
+        given = [await engine.read() for _ in client._on_ring]
+        for request in begun:
             engine.step(request.request_id, start=True)
-            await until(lambda: request.is_running)
-            client.suspend(lost=False)
-        assert request.rings_lost == 0 and not request.is_running
+        await until(lambda: all(request.is_running for request in begun))
+    client.blame()
+    return [submit.request_id for submit in given]
+
+
+def test_what_rings_die_of_is_tried_alone_and_given_up_and_the_others_go_on(roomy: EngineClient, tmp_path: Path):
+    async def test() -> None:
+        killer, other, _ = requests = [generation() for _ in range(3)]
+        roomy.submit(*requests)
+        everybody = [request.request_id for request in requests]
+        assert await die(roomy, tmp_path, killer, other) == everybody
+        assert await die(roomy, tmp_path, killer, other) == everybody
+        assert await die(roomy, tmp_path, killer) == [killer.request_id]
+        assert roomy.generations
+        assert await die(roomy, tmp_path, killer) == [killer.request_id]
+        with pytest.raises(EngineFailure, match="while it had no other"):
+            await collected(killer)
+        async with connected(roomy, tmp_path) as engine:
+            assert [(await engine.read()).request_id for _ in range(2)] == everybody[1:]
 
     run(test())
 
 
-def test_a_request_that_several_rings_died_of_is_given_up(client: EngineClient, tmp_path: Path):
+def test_who_is_tried_runs_alone_until_it_has_got_further(roomy: EngineClient, tmp_path: Path):
+    async def test() -> None:
+        first, urgent, bystander = generation(), generation(priority=-1), generation()
+        roomy.submit(first, urgent)
+        for _ in range(2):
+            await die(roomy, tmp_path, first, urgent)
+        roomy.submit(bystander)
+        async with connected(roomy, tmp_path) as engine:
+            assert (await engine.read()).request_id == urgent.request_id
+            engine.step(urgent.request_id, *range(10, 14), start=True)
+            # The next one runs alone as well, so the first has to leave; what it drew meanwhile is drawn again.
+            assert await engine.read() == Cancel(urgent.request_id)
+            engine.step(urgent.request_id, 14)
+            assert (await engine.read()).request_id == first.request_id
+            engine.step(first.request_id, *range(10, 14), start=True)
+            again = await engine.read()
+            assert again.request_id != urgent.request_id and again.output_token_ids == [10, 11, 12, 13]
+            assert (await engine.read()).request_id == bystander.request_id
+            engine.step(urgent.request_id, 99)  # by its old name: nobody's
+            engine.step(again.request_id, 14, 2, finish_reason="stop", start=True)
+            assert await collected(urgent) == ([10, 11, 12, 13, 14, 2], "stop")
+
+    run(test())
+
+
+@pytest.mark.parametrize("end", ["cancelled", "answered"])
+def test_a_trial_ends_with_its_request(roomy: EngineClient, tmp_path: Path, end: str):
+    async def test() -> None:
+        tried, bystander = generation(), generation()
+        roomy.submit(tried)
+        for _ in range(2):
+            await die(roomy, tmp_path, tried)
+        roomy.submit(bystander)
+        async with connected(roomy, tmp_path) as engine:
+            assert (await engine.read()).request_id == tried.request_id
+            if end == "cancelled":
+                roomy.cancel(tried)
+                assert await engine.read() == Cancel(tried.request_id)
+            else:
+                engine.step(tried.request_id, 2, finish_reason="stop", start=True)
+            assert (await engine.read()).request_id == bystander.request_id
+
+    run(test())
+
+
+def test_while_another_is_tried_nobody_times_out(roomy: EngineClient, clock: Clock, tmp_path: Path):
+    async def test() -> None:
+        tried, bystander = generation(), generation()
+        roomy.submit(tried)
+        for _ in range(2):
+            await die(roomy, tmp_path, tried)
+        roomy.submit(bystander)
+        async with connected(roomy, tmp_path) as engine:
+            await engine.read()
+            engine.step(tried.request_id, start=True)
+            await until(lambda: tried.is_running)
+            for step in range(1, 5):
+                clock.now += 5.0
+                stats = Stats([], 1, 0, num_frames_in_flight=1, num_steps=step)
+                engine.send(stats)
+                await until(lambda expected=stats: roomy.stats == expected)
+                roomy.expire("")
+        assert list(roomy.generations.values()) == [tried, bystander]
+
+    run(test())
+
+
+def test_a_ring_that_ended_of_a_known_cause_makes_nobody_a_suspect(roomy: EngineClient, tmp_path: Path):
     async def test() -> None:
         request = generation()
-        client.submit(request)
-        for _ in range(MAX_RINGS_LOST):
-            async with connected(client, tmp_path) as engine:
+        roomy.submit(request)
+        for _ in range(5):
+            async with connected(roomy, tmp_path) as engine:
                 await engine.read()
                 engine.step(request.request_id, start=True)
                 await until(lambda: request.is_running)
-        with pytest.raises(EngineFailure, match="lost 3 times"):
+        assert roomy.generations
+
+    run(test())
+
+
+def test_a_request_that_kills_the_ring_before_it_begins_is_found_as_well(roomy: EngineClient, tmp_path: Path):
+    async def test() -> None:
+        request = generation()
+        roomy.submit(request)
+        for _ in range(4):
+            assert await die(roomy, tmp_path) == [request.request_id]
+        with pytest.raises(EngineFailure):
             await collected(request)
-        assert client.generations == {}
 
     run(test())
 
@@ -320,29 +418,68 @@ def test_past_the_queue_s_end_a_request_is_refused(client: EngineClient, tmp_pat
     run(test())
 
 
-def test_a_request_without_progress_times_out_only_while_a_ring_serves(
-    client: EngineClient, clock: Clock, tmp_path: Path
-):
+def test_a_request_without_progress_times_out(client: EngineClient, clock: Clock, tmp_path: Path):
     async def test() -> None:
         request = generation()
         client.submit(request)
-        clock.now = 100
-        client.expire()
-        assert client.generations
+        clock.now = 9
         async with connected(client, tmp_path) as engine:
             await engine.read()
-            clock.now = 109
-            client.expire()
+            clock.now = 18
+            client.expire("")
             engine.step(request.request_id, 11, start=True)
             await until(lambda: request.is_running)
-            clock.now = 118
-            client.expire()
+            clock.now = 27
+            client.expire("")
             assert client.generations
-            clock.now = 120
-            client.expire()
+            clock.now = 29
+            client.expire("")
             assert await engine.read() == Cancel(request.request_id)
             with pytest.raises(Stalled, match="10 s"):
                 await collected(request)
+
+    run(test())
+
+
+def test_without_a_ring_a_request_waits_so_long_and_as_long_as_one_comes_nearer(
+    roomy: EngineClient, clock: Clock, tmp_path: Path
+):
+    async def test() -> None:
+        old, new = generation(), generation()
+        async with connected(roomy, tmp_path) as engine:
+            roomy.submit(old)
+            engine.step(old.request_id, 11, start=True)
+            await until(lambda: old.is_running)
+            clock.now = 5
+        clock.now = 14
+        roomy.submit(new)
+        roomy.expire("")
+        roomy.comes_nearer()
+        clock.now = 24
+        roomy.expire("")
+        assert list(roomy.generations.values()) == [old, new]
+        clock.now = 25
+        roomy.expire("waiting for mac2")
+        for request in (old, new):
+            with pytest.raises(NotReady, match=r"10 s .*waiting for mac2") as raised:
+                await collected(request)
+            assert raised.value.retry_after_s
+        assert roomy.generations == {}
+
+    run(test())
+
+
+def test_a_client_that_leaves_while_no_ring_serves_is_not_sent_to_the_next_one(client: EngineClient, tmp_path: Path):
+    async def test() -> None:
+        stays, leaves = generation(), generation()
+        async with connected(client, tmp_path) as engine:
+            client.submit(leaves)
+            engine.step(leaves.request_id, 11, start=True)
+            await until(lambda: leaves.is_running)
+        client.submit(stays)
+        client.cancel(leaves)
+        async with connected(client, tmp_path) as engine:
+            assert (await engine.read()).request_id == stays.request_id
 
     run(test())
 
@@ -386,10 +523,10 @@ def test_a_long_prompt_makes_progress_with_every_step(client: EngineClient, cloc
                 stats = Stats([], 1, 1, num_frames_in_flight=1, num_steps=step)
                 engine.send(stats)
                 await until(lambda expected=stats: client.stats == expected)
-                client.expire()
+                client.expire("")
             assert client.generations == {request.request_id: request}
             clock.now = 35
-            client.expire()
+            client.expire("")
             assert client.generations == {}
 
     run(test())
@@ -410,7 +547,7 @@ def test_steps_for_others_are_no_progress_of_an_answer_that_has_begun(
             engine.send(stats)
             await until(lambda: client.stats == stats)
             clock.now = 11
-            client.expire()
+            client.expire("")
             assert client.generations == {}
 
     run(test())

@@ -1,10 +1,8 @@
 import asyncio
-import logging
 import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -13,12 +11,15 @@ import pytest
 from api.engine_client import EngineClient
 from api.errors import NotReady
 from api.generation import Generation
-from api.supervisor import Replaced, RingLost, Supervisor, check_ports, local_ports
+from api.restart_policy import RingLost
+from api.ring_ports import check_ports, local_ports
+from api.ring_watch import Replaced
+from api.supervisor import Supervisor
 from api.tokenizer import ChatTokenizer
 from config import Settings
 from distributed.errors import ModelError, ModelUnavailable
 from distributed.hosts import RankHost
-from server.protocol import Progress, SamplingParams
+from server.protocol import SamplingParams
 from tests.api.fake_engine import READY
 from tests.running_server import free_ports
 
@@ -79,7 +80,7 @@ def test_an_error_nobody_expected_is_a_lost_ring_and_not_the_end_of_the_server(
         raise KeyError("a bug")
 
     monkeypatch.setattr(supervisor, "_one_ring", one_ring)
-    monkeypatch.setattr("api.supervisor.LONGEST_BACKOFF_S", 0)
+    monkeypatch.setattr("api.restart_policy.LONGEST_BACKOFF_S", 0)
     asyncio.run(supervisor.run())
     assert supervisor.state == "failed" and "KeyError: 'a bug'" in supervisor.detail
     assert "Traceback" in caplog.text
@@ -93,7 +94,7 @@ def test_asked_settings_are_the_next_ring_s_and_those_that_served_come_back_wher
     started: list[tuple[int, int]] = []
 
     async def one_ring() -> None:
-        started.append((supervisor._settings.ring_size, supervisor._engine._rank_settings.get("ring_size")))
+        started.append((supervisor._settings.ring_size, supervisor._engine._link.rank_settings.get("ring_size")))
         if supervisor._settings is new:
             raise supervisor._lost(RingLost("no such layer", permanent=True))
         if len(started) > 1:
@@ -102,8 +103,7 @@ def test_asked_settings_are_the_next_ring_s_and_those_that_served_come_back_wher
         supervisor.tokenizer = ChatTokenizer(tiny_chat_model)
         assert supervisor.reload(new)
         assert supervisor.state == "restarting"
-        with pytest.raises(Replaced):
-            await supervisor._next_event(SimpleNamespace(has_exited=False))
+        assert supervisor._reloads.is_set()
         raise Replaced
 
     supervisor._one_ring = one_ring
@@ -160,20 +160,3 @@ def test_a_damaged_tokenizer_is_said_and_not_tried_again(
     with pytest.raises(RingLost, match="damaged: the tokenizer cannot be loaded") as raised:
         asyncio.run(supervisor._load_tokenizer(ready))
     assert raised.value.permanent
-
-
-def test_a_start_may_take_as_long_as_it_makes_progress(supervisor: Any, caplog: pytest.LogCaptureFixture):
-    async def test() -> list[float]:
-        for event in (Progress("1 %"), Progress("1 %"), Progress("2 %"), Progress("2 %"), READY):
-            supervisor._engine.life.put_nowait(event)
-        now = asyncio.get_running_loop().time()
-        deadlines: list[float] = []
-        start = SimpleNamespace(reschedule=deadlines.append)
-        ring = SimpleNamespace(has_exited=False, stop_spinning=lambda: None)
-        assert await supervisor._until_ready(ring, start) == READY
-        return [deadline - now for deadline in deadlines]
-
-    caplog.set_level(logging.INFO, "api")
-    extended = asyncio.run(test())
-    assert len(extended) == 2 and min(extended) >= supervisor._settings.start_timeout
-    assert [record.getMessage() for record in caplog.records] == ["1 %", "2 %"]

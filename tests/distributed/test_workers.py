@@ -13,6 +13,7 @@ import pytest
 from distributed import worker_probe
 from distributed.bring import CODE
 from distributed.hosts import RankHost
+from distributed.ssh import _ssh_failure
 from distributed.version import code_hash
 from distributed.workers import (
     PACKAGE_ROOT,
@@ -20,7 +21,6 @@ from distributed.workers import (
     WorkerModel,
     _differences,
     _link_failure,
-    _ssh_failure,
     missing_files,
     pinned_versions,
 )

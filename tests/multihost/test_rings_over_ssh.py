@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from api.cli.processes import end_on_workers
 from config import load_config
 from distributed.bring import bring_code, make_environment
 from distributed.errors import HostError
+from distributed.remnants import end_on_workers
 from tests.launched_project import LaunchedProject, link_environment
 from tests.multihost.namespaces import Hosts, make_hosts, why_not
 
@@ -194,7 +194,7 @@ def test_stop_ends_what_hangs_on_another_host(project: LaunchedProject, hosts: H
     left = [subprocess.Popen(["sh", "-c", script, marker]) for script in ("sleep 300; true", "sleep 300; true", deaf)]
     left[1].send_signal(signal.SIGSTOP)
     settings = load_config(project.root, environ={})
-    assert end_on_workers(settings, [hosts.others[0].address], project.instance) == []
+    assert end_on_workers(settings, [hosts.others[0].address], project.instance) == {}
     assert [process.wait(1) for process in left] == [-signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL]
 
 

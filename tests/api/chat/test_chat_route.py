@@ -206,7 +206,7 @@ def test_no_progress_is_a_504_or_an_error_event(tmp_path: Path, tiny_chat_model:
                 await submitted(app)
             while app.client.generations:
                 await asyncio.sleep(0.01)
-                app.client.expire()
+                app.client.expire("")
             response = await asking
             if not started:
                 assert_openai_error(response, 504, "timeout")

@@ -1,0 +1,104 @@
+"""Watches one ring from its start until it is lost: what rank 0 says, that it says anything, that steps complete.
+
+It judges by rank 0's connection and by progress, never by an exit code (mlx.launch returns 0 when ranks were killed).
+It ends nothing and starts nothing: it raises RingLost, and the supervisor does what follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from api.engine_client import EngineClient
+from api.processes import rank_processes, show_stacks
+from api.restart_policy import RingLost
+from api.ring_process import RingProcess
+from config import Settings
+from distributed.control import PEER_SILENCE_S
+from server.protocol import Failed, Progress, Ready
+
+logger = logging.getLogger(__name__)
+
+STACKS_WAIT_S = 2.0  # until the ranks' stacks are in the log
+STALL_S = 1.0  # this process itself was held up: what the ring said meanwhile has still to be read
+
+
+class Replaced(Exception):
+    """This ring is to end in favour of one with other settings."""
+
+
+class RingWatch:
+    """Args: `replaced` is set by whoever wants another ring: each wait then ends with Replaced."""
+
+    def __init__(
+        self, ring: RingProcess, engine: EngineClient, settings: Settings, instance: str, replaced: asyncio.Event
+    ) -> None:
+        self._ring = ring
+        self._engine = engine
+        self._settings = settings
+        self._instance = instance
+        self._replaced = replaced
+
+    async def until_ready(self, tell: Callable[[str], None]) -> Ready:
+        """Tells of each step of the start. Whatever is new gives it START_TIMEOUT again: a large model may take hours
+        to download. Raises RingLost, Replaced."""
+        said = "its ranks did not come"
+        try:
+            async with asyncio.timeout(self._settings.start_timeout) as start:
+                while not isinstance(event := await self._next_event(), Ready):
+                    if event is None or event.detail == said:
+                        continue
+                    self._ring.stop_spinning()  # the ring is formed, no rank reads its stdin; loading wants the core
+                    said = event.detail
+                    logger.info("%s", said)
+                    tell(said)
+                    self._engine.comes_nearer()
+                    start.reschedule(asyncio.get_running_loop().time() + self._settings.start_timeout)
+        except TimeoutError as error:
+            seconds = f"{self._settings.start_timeout:g}"
+            raise RingLost(f"its start made no progress for START_TIMEOUT={seconds} s; last: {said}") from error
+        self._ring.stop_spinning()
+        return event
+
+    async def until_lost(self) -> None:
+        """Raises RingLost, Replaced."""
+        while True:
+            looked_at = time.monotonic()
+            await self._next_event()
+            if time.monotonic() - looked_at > STALL_S + self._settings.poll_interval:
+                continue
+            stuck_s = self._engine.seconds_without_step()
+            if stuck_s > self._settings.step_timeout:
+                await self._show_stacks()
+                raise RingLost(f"it has work and completed no step for {stuck_s:.0f} s (STEP_TIMEOUT)")
+            if self._engine.seconds_of_silence > PEER_SILENCE_S:
+                raise RingLost(f"rank 0 was silent for {PEER_SILENCE_S:.0f} s")
+
+    async def _next_event(self) -> Progress | Ready | None:
+        """What rank 0 said next, None after POLL_INTERVAL without a word."""
+        if self._replaced.is_set():
+            raise Replaced
+        try:
+            async with asyncio.timeout(self._settings.poll_interval):
+                event = await self._engine.life.get()
+        except TimeoutError:
+            if self._ring.has_exited:  # and rank 0 lives, so no request did that
+                raise RingLost(self._last_words("mlx.launch ended"), is_explained=True) from None
+            return None
+        if isinstance(event, Failed):
+            raise RingLost(event.message, permanent=event.permanent)
+        if event is None:
+            raise RingLost(self._last_words("rank 0 is gone"))
+        return event
+
+    def _last_words(self, what: str) -> str:
+        last = next((line for line in reversed(self._ring.last_lines) if line), "it printed nothing")
+        return f"{what}; its last line: {last[:500]}"
+
+    async def _show_stacks(self) -> None:
+        """What each rank is at, in the log: afterwards nobody can find out."""
+        logger.error("the ring is stuck; what its ranks are doing:")
+        await asyncio.to_thread(lambda: show_stacks(rank_processes(self._instance)))
+        await asyncio.sleep(STACKS_WAIT_S)
