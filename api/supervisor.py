@@ -99,6 +99,7 @@ class Supervisor:
 
     async def _run_rings(self) -> None:
         policy = RestartPolicy()
+        await self._machines_away()  # a crashed server may have left ranks there
         while True:
             self._take_asked_settings()
             try:

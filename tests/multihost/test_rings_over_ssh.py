@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import OpenAI
@@ -23,6 +25,7 @@ from tests.multihost.namespaces import Hosts, make_hosts, why_not
 
 pytestmark = pytest.mark.ring
 
+HELLO: Any = {"role": "user", "content": "hello"}
 IDLE_S = 4.0
 WORKER_DIR = "~/a server's folder"
 
@@ -120,9 +123,7 @@ def test_a_chat_is_answered_by_ranks_on_all_hosts(serving: LaunchedProject):
     ranks = serving.health()["ranks"]
     assert [rank["rank"] for rank in ranks] == list(range(len(targets_of(serving)) + 1))
     with OpenAI(base_url=f"http://127.0.0.1:{serving.keys['API_PORT']}/v1", api_key="none", max_retries=0) as client:
-        answer = client.chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": "hello"}], max_tokens=8, temperature=0
-        )
+        answer = client.chat.completions.create(model="tiny", messages=[HELLO], max_tokens=8, temperature=0)
     assert answer.usage is not None and answer.usage.completion_tokens >= 1
     shown = serving.launch("status")
     assert shown.returncode == 0 and shown.stdout.startswith("ready"), shown.stdout
@@ -152,14 +153,36 @@ def test_a_cut_ssh_ends_its_rank_and_the_ring_comes_back(serving: LaunchedProjec
 
 @two_hosts
 def test_a_pulled_cable_ends_the_ranks_on_both_sides_and_the_ring_comes_back(serving: LaunchedProject, hosts: Hosts):
+    """While the cable is out the host is named and waited for, and so do requests; then all goes on by itself."""
     pids = {process.pid for process in serving.ranks()}
-    hosts.others[0].cut()
-    try:
-        wait_until(lambda: not pids & {process.pid for process in serving.ranks()}, "old ranks gone", 30)
-        wait_until(lambda: serving.health()["status"] != "ready", "noticed", 5)
-    finally:
-        hosts.others[0].mend()
-    wait_until(lambda: is_ready_without(serving, pids), "ready again", 90)
+    host = hosts.others[0]
+    with OpenAI(base_url=f"http://127.0.0.1:{serving.keys['API_PORT']}/v1", api_key="none", max_retries=0) as client:
+
+        def ask(*, stream: bool) -> Any:
+            return client.chat.completions.create(
+                model="tiny", messages=[HELLO], max_tokens=1500, temperature=0, stream=stream
+            )
+
+        whole = ask(stream=False).choices[0].message.content
+        chunks = iter(ask(stream=True))
+        text = "".join(next(chunks).choices[0].delta.content or "" for _ in range(5))
+        host.cut()
+        try:
+            wait_until(lambda: not pids & {process.pid for process in serving.ranks()}, "old ranks gone", 30)
+            wait_until(lambda: bool(serving.health()["waiting_for"]), "the host is named", 30)
+            (absence,) = serving.health()["waiting_for"]
+            assert absence["host"] == host.address and absence["reason"]
+            assert f"waits     for {host.address} since" in serving.launch("status").stdout
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(ask, stream=False)
+                wait_until(lambda: serving.health()["requests"]["waiting"] == 2, "both wait", 10)
+                host.mend()
+                wait_until(lambda: is_ready_without(serving, pids), "ready again", 60)
+                assert waiting.result(60).choices[0].message.content == whole
+        finally:
+            host.mend()
+        assert text + "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+        assert serving.health()["waiting_for"] == []
 
 
 @two_hosts

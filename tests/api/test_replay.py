@@ -1,0 +1,135 @@
+"""A ring is lost in the middle of everything: each stream goes on exactly where it stopped, whatever it asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.running_server import RunningServer
+
+pytestmark = pytest.mark.ring
+
+HELLO = {"role": "user", "content": "hello world"}
+NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 70, "maxItems": 90}
+DATA = {"type": "object", "properties": {"data": NUMBERS}, "required": ["data"], "additionalProperties": False}
+STORE = {"type": "function", "function": {"name": "store", "strict": True, "parameters": DATA}}
+CHAT, COMPLETIONS, MESSAGES, RESPONSES = "chat/completions", "completions", "messages", "responses"
+LONG = {"max_tokens": 200, "ignore_eos": True}
+# Of each stream its endpoint and what it asks for. None may end before the rank is killed.
+STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "greedy, with logprobs": (CHAT, {**LONG, "temperature": 0, "logprobs": True, "top_logprobs": 3}),
+    "two seeded choices": (CHAT, {**LONG, "temperature": 1, "seed": 7, "n": 2}),
+    "penalties, min_tokens and a stop string": (
+        CHAT,
+        {
+            "max_tokens": 200,
+            "min_tokens": 150,
+            "temperature": 1,
+            "seed": 8,
+            "frequency_penalty": 0.5,
+            "presence_penalty": 0.5,
+            "repetition_penalty": 1.1,
+            "stop": ["hello world hello"],
+        },
+    ),
+    "a schema": (
+        CHAT,
+        {
+            "max_tokens": 500,
+            "seed": 9,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "data", "strict": True, "schema": DATA}},
+        },
+    ),
+    "a tool": (CHAT, {"max_tokens": 500, "seed": 10, "tools": [STORE], "tool_choice": "required"}),
+    "echo, with logprobs of the prompt": (COMPLETIONS, {**LONG, "echo": True, "logprobs": 2, "temperature": 0}),
+    "Anthropic's": (MESSAGES, {"max_tokens": 200, "temperature": 0}),
+    "a response": (RESPONSES, {"max_output_tokens": 200, "temperature": 0, "store": False}),
+}
+PROMPTS: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": [HELLO]},
+    MESSAGES: {"messages": [HELLO]},
+    RESPONSES: {"input": "hello world"},
+    COMPLETIONS: {"prompt": "The quick brown fox jumps over the lazy dog. " * 20},
+}
+# What differs between two runs of the same request.
+OWN = {"id", "created", "created_at", "completed_at", "performance", "item_id", "call_id", "request_id"}
+
+
+@pytest.fixture
+def server(tmp_path: Path, tiny_chat_model: Path) -> Iterator[RunningServer]:
+    environ = {"MODEL_REPO": str(tiny_chat_model), "RING_SIZE": "2", "PREFIX_CACHE": "false"}
+    made = RunningServer(tmp_path / "project", environ)
+    made.start()
+    yield made
+    made.stop()
+
+
+class Reader:
+    """One stream and its events, as they come."""
+
+    def __init__(self, server: RunningServer, http: httpx.AsyncClient, name: str) -> None:
+        self.name = name
+        self.events: list[dict[str, Any]] = []
+        path, asked = STREAMS[name]
+        body = {"model": server.model, "stream": True, **PROMPTS[path], **asked}
+        self.task = asyncio.create_task(self._read(http, f"{server.url}/v1/{path}", body))
+
+    async def _read(self, http: httpx.AsyncClient, url: str, body: dict[str, Any]) -> None:
+        async with http.stream("POST", url, json=body) as response:
+            assert response.status_code == 200, await response.aread()
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    self.events.append(json.loads(line.removeprefix("data: ")))
+
+    def leaves(self) -> list[Any]:
+        """All that the events say, choice by choice: their values in order."""
+        of_choices = sorted(self.events, key=lambda event: (event.get("choices") or [{}])[0].get("index", 0))
+        return [leaf for event in of_choices for leaf in leaves_of(event)]
+
+
+def leaves_of(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for key, member in value.items():
+            if key not in OWN:
+                yield key
+                yield from leaves_of(member)
+    elif isinstance(value, list):
+        for member in value:
+            yield from leaves_of(member)
+    else:
+        yield value
+
+
+async def read_all(server: RunningServer, *, kill: int | None = None) -> dict[str, list[Any]]:
+    """What every stream says, all running at once; `kill`: the rank that dies when each has said something."""
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as http:
+        readers = [Reader(server, http, name) for name in STREAMS]
+        if kill is not None:
+            pid = server.health()["ranks"][kill]["pid"]
+            while not all(len(reader.events) >= 10 for reader in readers):
+                await asyncio.sleep(0.001)
+            os.kill(pid, signal.SIGKILL)
+            assert not any(reader.task.done() for reader in readers), "one had ended before"
+        await asyncio.gather(*[reader.task for reader in readers])
+        return {reader.name: reader.leaves() for reader in readers}
+
+
+def test_every_kind_of_stream_goes_on_exactly_when_a_rank_is_killed(server: RunningServer):
+    undisturbed = asyncio.run(read_all(server))
+    disturbed = asyncio.run(read_all(server, kill=1))
+    for name, expected in undisturbed.items():
+        # Logits differ in their last bits with the rows that are computed together.
+        assert [leaf for leaf in disturbed[name] if not isinstance(leaf, float)] == [
+            leaf for leaf in expected if not isinstance(leaf, float)
+        ], name
+        numbers = [leaf for leaf in expected if isinstance(leaf, float)]
+        assert [leaf for leaf in disturbed[name] if isinstance(leaf, float)] == pytest.approx(numbers, abs=1e-3), name
+    assert server.log().count("state: ready -> restarting") == 1
