@@ -14,10 +14,10 @@ from api.generation import Generation
 from api.restart_policy import RingLost
 from api.ring_ports import check_ports, local_ports
 from api.ring_watch import Replaced
-from api.supervisor import Supervisor
+from api.supervisor import LONGEST_LOOK_S, Supervisor
 from api.tokenizer import ChatTokenizer
 from config import Settings
-from distributed.errors import ModelError, ModelUnavailable
+from distributed.errors import HostAway, ModelError, ModelUnavailable
 from distributed.hosts import RankHost
 from server.protocol import SamplingParams
 from tests.api.fake_engine import READY
@@ -112,6 +112,68 @@ def test_asked_settings_are_the_next_ring_s_and_those_that_served_come_back_wher
     assert started == [(2, None), (3, 3), (2, 2)]
     assert "those from before serve: no such layer" in supervisor.notice
     assert supervisor.num_lost == 0
+
+
+class Script:
+    """Rings that end as they are told, and machines that are away when told."""
+
+    def __init__(self, supervisor: Any, ends: list[RingLost], away: list[dict[str, HostAway]]) -> None:
+        self.slept: list[float] = []
+        self.seen: list[tuple[str, str, list[str]]] = []  # state, detail and machines waited for, at each sleep
+        self.blamed = 0
+        self._supervisor = supervisor
+        self._ends, self._away = ends, [{}, *away]  # looked for before the first ring as well
+        supervisor._one_ring, supervisor._machines_away, supervisor._sleep = self._one_ring, self._look, self._sleep
+        supervisor._engine.blame = self._blame
+
+    async def _one_ring(self) -> None:
+        if not self._ends:
+            raise asyncio.CancelledError
+        raise self._ends.pop(0)
+
+    async def _look(self) -> dict[str, HostAway]:
+        return self._away.pop(0) if self._away else {}
+
+    async def _sleep(self, delay_s: float) -> None:
+        waiting = [absence.host for absence in self._supervisor.waiting_for]
+        self.seen.append((self._supervisor.state, self._supervisor.detail, waiting))
+        self.slept.append(delay_s)
+
+    def _blame(self) -> None:
+        self.blamed += 1
+
+
+def lost_while_serving(*, is_explained: bool = False) -> RingLost:
+    lost = RingLost("rank 1 is lost", is_explained=is_explained)
+    lost.served_s, lost.num_tokens = 5.0, 5
+    return lost
+
+
+def test_a_machine_that_is_away_is_named_and_waited_for_and_blames_no_request(supervisor: Any, tiny_chat_model: Path):
+    supervisor.state, supervisor.tokenizer = "ready", ChatTokenizer(tiny_chat_model)
+    away = {"mac2": HostAway("mac2: it does not answer")}
+    script = Script(supervisor, [lost_while_serving()], [away] * 40)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(supervisor.run())
+    assert script.seen == [("restarting", "waiting for mac2: mac2: it does not answer", ["mac2"])] * 40
+    assert script.slept[:5] == [1, 2, 4, 8, LONGEST_LOOK_S] and script.slept[-1] == LONGEST_LOOK_S
+    assert supervisor.waiting_for == [] and script.blamed == 0
+
+
+def test_a_machine_that_was_never_there_is_the_reason_why_the_start_fails(supervisor: Any):
+    away = {"mac2": HostAway("mac2: it does not answer")}
+    Script(supervisor, [RingLost("rank 0 is gone")] * 3, [away] * 3)
+    asyncio.run(supervisor.run())
+    assert (supervisor.state, supervisor.detail) == ("failed", "mac2: it does not answer")
+
+
+@pytest.mark.parametrize(("is_explained", "num_blamed"), [(False, 2), (True, 0)])
+def test_only_deaths_that_nobody_can_explain_blame_requests(supervisor: Any, is_explained: bool, num_blamed: int):
+    ends = [lost_while_serving(is_explained=is_explained)] * 2
+    script = Script(supervisor, [*ends, RingLost("it does not start")], [])
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(supervisor.run())
+    assert script.blamed == num_blamed
 
 
 @pytest.mark.parametrize("state", ["starting", "failed", "stopping"])
