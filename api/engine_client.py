@@ -171,14 +171,18 @@ class EngineClient:
         for generation in self.generations.values():
             generation.leave_ring()
 
-    def blame(self) -> None:
-        """The last ring died and nobody knows why: it may have been one of the requests it worked on."""
+    def blame(self) -> bool:
+        """The last ring died and nobody knows why: it may have been one of the requests it worked on.
+
+        Returns whether it is clear by now which one, which is given up then.
+        """
         guilty = self._suspects.ring_died([name for name in self._worked_on if name in self.generations])
         self._worked_on = []
         if guilty is not None:
             logger.error("%s kills the ring whenever it runs: it is given up", guilty)
             message = "The ring died each time it worked on this request, also while it had no other; the log says how."
             self._fail(self.generations[guilty], EngineFailure(message))
+        return guilty is not None
 
     def shut_down(self) -> None:
         """Ask the ring to end."""

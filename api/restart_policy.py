@@ -9,7 +9,7 @@ from __future__ import annotations
 
 MAX_FAILED_STARTS = 3  # in a row, of a server that was never ready: its settings are wrong, not its luck
 MAX_FAILED_RESTARTS = 10  # in a row, of one that was
-MAX_OUT_OF_MEMORY = 3  # rings in a row
+MAX_OUT_OF_MEMORY = 6  # rings in a row; a single request that takes it all is found after four (api.suspects)
 LONGEST_BACKOFF_S = 30.0
 STABLE_S = 60.0  # a ring that served so long was a good one, whatever it ended of
 
@@ -62,5 +62,5 @@ class RestartPolicy:
         return 0.0 if self._in_vain <= 1 else min(2.0 ** (self._in_vain - 2), LONGEST_BACKOFF_S)
 
     def begin_anew(self) -> None:
-        """What was says nothing of the rings to come: a machine was away, or they have other settings."""
+        """What was says nothing of the rings to come: a machine was away, a request did it, or settings are others."""
         self._failed_starts = self._in_vain = self._out_of_memory = 0

@@ -120,8 +120,8 @@ class Supervisor:
                 await self._wait_for_machines(away)
                 policy.begin_anew()
                 continue
-            if lost.has_served and not lost.is_explained:
-                self._engine.blame()
+            if lost.has_served and not lost.is_explained and self._engine.blame():
+                policy.begin_anew()
             delay_s = policy.seconds_to_next_start(lost)
             if delay_s is None:
                 self._give_up("; ".join(map(str, away.values())) or lost.reason)

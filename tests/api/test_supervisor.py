@@ -139,8 +139,9 @@ class Script:
         self.seen.append((self._supervisor.state, self._supervisor.detail, waiting))
         self.slept.append(delay_s)
 
-    def _blame(self) -> None:
+    def _blame(self) -> bool:
         self.blamed += 1
+        return False
 
 
 def lost_while_serving(*, is_explained: bool = False) -> RingLost:
