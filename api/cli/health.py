@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from config import Settings
@@ -44,6 +45,13 @@ def fetch_health(settings: Settings, timeout_s: float = 5.0) -> Health | None:
     except ValueError:
         return None
     return health if isinstance(health, dict) and "status" in health else None
+
+
+def absence_line(absence: dict[str, str]) -> str:
+    """Which machine the server waits for, and how long it has."""
+    since = datetime.fromisoformat(absence["since"])
+    passed = timedelta(seconds=round((datetime.now(UTC) - since).total_seconds()))
+    return f"waits     for {absence['host']} since {since.astimezone():%Y-%m-%d %H:%M:%S} ({passed})"
 
 
 def rank_lines(ranks: list[dict[str, Any]]) -> list[str]:

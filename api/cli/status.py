@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
-from api.cli.health import base_url, fetch_health, rank_lines
+from api.cli.health import absence_line, base_url, fetch_health, rank_lines
 from api.cli.processes import find_api
 from api.processes import ring_processes
 from config import load_config
@@ -43,12 +43,6 @@ def status(root: Path) -> int:
             f"  limits    {health['max_sequence_length']:,} tokens a request, {health['kv_cache_tokens']:,} tokens in"
             " the KV cache"
         )
-    lines += [_absence_line(away["host"], away["since"]) for away in health.get("waiting_for") or []]
+    lines += ["  " + absence_line(away) for away in health.get("waiting_for") or []]
     print("\n".join([*lines, *("  " + line for line in rank_lines(health.get("ranks") or []))]))
     return 0
-
-
-def _absence_line(host: str, since: str) -> str:
-    moment = datetime.fromisoformat(since)
-    passed = timedelta(seconds=round((datetime.now(UTC) - moment).total_seconds()))
-    return f"  waits     for {host} since {moment.astimezone():%Y-%m-%d %H:%M:%S} ({passed})"

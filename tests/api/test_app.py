@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from api.cli.health import fetch_health
+from api.supervisor import Absence
 from config import Settings
 from tests.api.served_app import BODY, run, served
 
@@ -266,5 +267,18 @@ def test_health_is_a_503_with_the_reason_while_nothing_is_served(tmp_path: Path,
             assert answer.status_code == 503
             assert answer.headers["retry-after"]
             assert (answer.json()["status"], answer.json()["detail"]) == (state, "rank 1 loads")
+
+    run(test())
+
+
+def test_health_names_the_machines_that_are_waited_for(tmp_path: Path, tiny_chat_model: Path):
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model) as app:
+            assert (await app.http.get("/health")).json()["waiting_for"] == []
+            app.supervisor.state = "restarting"
+            app.supervisor.waiting_for = [Absence("mac2.local", 1_700_000_000.0, "it does not answer")]
+            (absence,) = (await app.http.get("/health")).json()["waiting_for"]
+            since = "2023-11-14T22:13:20+00:00"
+            assert absence == {"host": "mac2.local", "since": since, "reason": "it does not answer"}
 
     run(test())

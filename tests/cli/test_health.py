@@ -1,10 +1,11 @@
 import socket
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from api.cli.health import base_url, fetch_health, format_bytes, rank_lines
+from api.cli.health import absence_line, base_url, fetch_health, format_bytes, rank_lines
 from api.cli.start import ready_lines
 from config import Settings, load_config
 
@@ -56,3 +57,9 @@ def test_the_curl_line_asks_for_a_key_only_where_one_is_needed_and_shows_none(tm
     assert "Authorization" not in "\n".join(ready_lines(Settings(), health))
     lines = "\n".join(ready_lines(load_config(tmp_path, {"API_KEYS": "me:sk-secret"}), health))
     assert "Bearer $API_KEY" in lines and "sk-secret" not in lines
+
+
+def test_status_says_since_when_a_machine_is_away():
+    since = datetime.now(UTC) - timedelta(minutes=2)
+    line = absence_line({"host": "mac2", "since": since.isoformat(timespec="seconds"), "reason": "it is off"})
+    assert line.startswith(f"waits     for mac2 since {since.astimezone():%Y-%m-%d %H:%M:%S} (0:02:0")
