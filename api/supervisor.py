@@ -124,7 +124,7 @@ class Supervisor:
                 policy.begin_anew()
             delay_s = policy.seconds_to_next_start(lost)
             if delay_s is None:
-                self._give_up("; ".join(map(str, away.values())) or lost.reason)
+                self._give_up(_reasons(away) or lost.reason)
                 return
             await self._sleep(delay_s)
 
@@ -247,26 +247,28 @@ class Supervisor:
 
     # -- the other machines ------------------------------------------------------------------------------------------
 
-    async def _machines_away(self) -> dict[str, HostError]:
+    async def _machines_away(self) -> dict[str, HostAway]:
         """The machines that do not answer, and why. On the others nothing of a lost ring is left then."""
         try:
             targets = ssh_targets(self._settings)
         except HostError:  # HOSTFILE cannot be read, which the next start will say
             return {}
         failures = await asyncio.to_thread(end_on_workers, self._settings, targets, self._instance) if targets else {}
-        for failure in failures.values():
-            logger.warning("%s", failure)
-        return {target: failure for target, failure in failures.items() if isinstance(failure, HostAway)}
+        away = {target: failure for target, failure in failures.items() if isinstance(failure, HostAway)}
+        for target in failures.keys() - away.keys():
+            logger.warning("%s", failures[target])
+        return away
 
-    async def _wait_for_machines(self, away: Mapping[str, HostError]) -> None:
+    async def _wait_for_machines(self, away: Mapping[str, HostAway]) -> None:
         """Until all of them answer, however long that takes, or other settings are asked for."""
         look_s = 1.0
         while away and not self._reloads.is_set():
-            known = {absence.host: absence.since for absence in self.waiting_for}
-            self.waiting_for = [
-                Absence(host, known.get(host, time.time()), str(reason)) for host, reason in away.items()
-            ]
-            self._enter("restarting", f"waiting for {', '.join(away)}: {'; '.join(map(str, away.values()))}")
+            since = {absence.host: absence.since for absence in self.waiting_for}
+            self._enter("restarting", f"waiting for {_reasons(away)}")
+            if since.keys() != away.keys():
+                logger.warning("%s", self.detail)
+            now = time.time()
+            self.waiting_for = [Absence(host, since.get(host, now), str(reason)) for host, reason in away.items()]
             await self._sleep(look_s)
             look_s = min(2 * look_s, LONGEST_LOOK_S)
             away = await self._machines_away()
@@ -291,6 +293,11 @@ class Supervisor:
         ranks = [{"rank": rank.rank, "host": rank.host, "pid": rank.pid} for rank in ready.ranks] if ready else []
         path = run_dir(self._settings.project_root) / RING_FILE
         write_json(path, {"launcher_pid": ring.pid, "instance": self._instance, "ranks": ranks})
+
+
+def _reasons(away: Mapping[str, HostAway]) -> str:
+    """Each names its machine."""
+    return "; ".join(map(str, away.values()))
 
 
 def _said(error: Exception) -> str:

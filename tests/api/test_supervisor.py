@@ -156,7 +156,7 @@ def test_a_machine_that_is_away_is_named_and_waited_for_and_blames_no_request(su
     script = Script(supervisor, [lost_while_serving()], [away] * 40)
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(supervisor.run())
-    assert script.seen == [("restarting", "waiting for mac2: mac2: it does not answer", ["mac2"])] * 40
+    assert script.seen == [("restarting", "waiting for mac2: it does not answer", ["mac2"])] * 40
     assert script.slept[:5] == [1, 2, 4, 8, LONGEST_LOOK_S] and script.slept[-1] == LONGEST_LOOK_S
     assert supervisor.waiting_for == [] and script.blamed == 0
 
