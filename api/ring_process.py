@@ -104,6 +104,5 @@ class RingProcess:
                 continue
             if not line:
                 return
-            if text := line.strip():
-                self.last_lines.append(text)
-            relay_rank_line(line)
+            if said := relay_rank_line(line):
+                self.last_lines.append(said)

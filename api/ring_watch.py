@@ -94,7 +94,7 @@ class RingWatch:
         return event
 
     def _last_words(self, what: str) -> str:
-        last = next((line for line in reversed(self._ring.last_lines) if line), "it printed nothing")
+        last = self._ring.last_lines[-1] if self._ring.last_lines else "it printed nothing"
         return f"{what}; its last line: {last[:500]}"
 
     async def _show_stacks(self) -> None:

@@ -39,7 +39,8 @@ State = Literal["starting", "ready", "restarting", "failed", "stopping"]
 
 END_GRACE_S = 10.0  # for ranks that are asked to end
 LOST_GRACE_S = 1.0  # for what is left of a ring that was lost: it ends by itself, or is wedged
-LONGEST_LOOK_S = 10.0  # between two looks for a machine that is away
+LOOK_S = 4.0  # for a machine to answer; one that is slower is looked for again
+LONGEST_PAUSE_S = 10.0  # between two looks for a machine that is away
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Supervisor:
         self._instance = instance
         self._ports = RingPorts()
         self._ready_since = 0.0  # time.monotonic()
+        self._lost_at = 0.0  # time.time()
         self._sockets = Path(tempfile.mkdtemp(prefix="mlx-ring-"))  # only its owner may enter
 
     # -- for the routes ----------------------------------------------------------------------------------------------
@@ -241,6 +243,7 @@ class Supervisor:
             lost.served_s = time.monotonic() - self._ready_since
             lost.num_tokens = self._engine.num_tokens
             self.num_lost += 1
+        self._lost_at = time.time()
         logger.error("the ring is lost: %s", lost.reason)
         self._enter("starting" if self.tokenizer is None else "restarting", lost.reason)
         return lost
@@ -253,7 +256,9 @@ class Supervisor:
             targets = ssh_targets(self._settings)
         except HostError:  # HOSTFILE cannot be read, which the next start will say
             return {}
-        failures = await asyncio.to_thread(end_on_workers, self._settings, targets, self._instance) if targets else {}
+        if not targets:
+            return {}
+        failures = await asyncio.to_thread(end_on_workers, self._settings, targets, self._instance, LOOK_S)
         away = {target: failure for target, failure in failures.items() if isinstance(failure, HostAway)}
         for target in failures.keys() - away.keys():
             logger.warning("%s", failures[target])
@@ -261,16 +266,16 @@ class Supervisor:
 
     async def _wait_for_machines(self, away: Mapping[str, HostAway]) -> None:
         """Until all of them answer, however long that takes, or other settings are asked for."""
-        look_s = 1.0
+        pause_s = 1.0
         while away and not self._reloads.is_set():
             since = {absence.host: absence.since for absence in self.waiting_for}
             self._enter("restarting", f"waiting for {_reasons(away)}")
             if since.keys() != away.keys():
                 logger.warning("%s", self.detail)
-            now = time.time()
+            now = time.time() if since else self._lost_at
             self.waiting_for = [Absence(host, since.get(host, now), str(reason)) for host, reason in away.items()]
-            await self._sleep(look_s)
-            look_s = min(2 * look_s, LONGEST_LOOK_S)
+            await self._sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             away = await self._machines_away()
         self.waiting_for = []
 

@@ -124,11 +124,11 @@ def setup_rank_logging(level: str, rank: int, world_size: int, model: str, *, st
     _install([logging.StreamHandler(stream)], JsonFormatter(), level, RecordFields(rank, world_size, model))
 
 
-def relay_rank_line(line: str) -> None:
+def relay_rank_line(line: str) -> str:
     """Logs a line of the ring's output here: a record of ours as it was, anything else as a warning of logger `ring`.
 
     Anything else is what MLX, Python or ssh print. A progress bar overwrites itself with carriage returns: its last
-    state counts, and it may stand before a record on the same line.
+    state counts, and it may stand before a record on the same line. Returns what the line says.
     """
     text, start, record_text = line.rstrip("\r\n").partition(_LINE_START)
     record = _parse_record(start + record_text) if start else None
@@ -136,10 +136,12 @@ def relay_rank_line(line: str) -> None:
         text += start + record_text
     if other := text.rstrip().rpartition("\r")[2].strip():
         logging.getLogger("ring").warning("%s", other)
-    if record is not None:
-        logger = logging.getLogger(record.name)
-        if logger.isEnabledFor(record.levelno):
-            logger.handle(record)
+    if record is None:
+        return other
+    logger = logging.getLogger(record.name)
+    if logger.isEnabledFor(record.levelno):
+        logger.handle(record)
+    return record.getMessage()
 
 
 def _parse_record(text: str) -> logging.LogRecord | None:

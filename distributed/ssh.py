@@ -24,10 +24,10 @@ KEEPALIVE_COUNT = 3
 SSH_FAILED = 255  # ssh's own exit code, told apart from those of what it runs
 
 
-def ssh_options(settings: Settings) -> list[str]:
+def ssh_options(settings: Settings, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> list[str]:
     """Options of every ssh call. ssh keeps the first value it reads, so SSH_OPTIONS win over all but BatchMode."""
     defaults = {
-        "ConnectTimeout": CONNECT_TIMEOUT_S,
+        "ConnectTimeout": f"{connect_timeout_s:.0f}",
         "ServerAliveInterval": KEEPALIVE_INTERVAL_S,
         "ServerAliveCountMax": KEEPALIVE_COUNT,
     }
@@ -45,9 +45,9 @@ def find_ssh() -> str:
     return path
 
 
-def ssh_argv(settings: Settings, target: str, command: str) -> list[str]:
+def ssh_argv(settings: Settings, target: str, command: str, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> list[str]:
     """The argv that runs `command` in the login shell of `target`."""
-    return [find_ssh(), *ssh_options(settings), "-T", target, command]
+    return [find_ssh(), *ssh_options(settings, connect_timeout_s), "-T", target, command]
 
 
 def script_as_input(script: str) -> bytes:
@@ -56,13 +56,15 @@ def script_as_input(script: str) -> bytes:
     return f"{{\n{script}\nexit\n}}\n".encode()
 
 
-def run_script(settings: Settings, target: str, script: str, *, timeout_s: float) -> subprocess.CompletedProcess[str]:
+def run_script(
+    settings: Settings, target: str, script: str, *, timeout_s: float, connect_timeout_s: float = CONNECT_TIMEOUT_S
+) -> subprocess.CompletedProcess[str]:
     """Run a POSIX shell script on `target` and wait for it.
 
     Raises:
         HostAway: ssh could not get there, or it took longer than `timeout_s`.
     """
-    argv = ssh_argv(settings, target, "sh -s")
+    argv = ssh_argv(settings, target, "sh -s", connect_timeout_s)
     try:
         done = subprocess.run(argv, input=script_as_input(script), capture_output=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:

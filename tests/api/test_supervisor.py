@@ -14,7 +14,7 @@ from api.generation import Generation
 from api.restart_policy import RingLost
 from api.ring_ports import check_ports, local_ports
 from api.ring_watch import Replaced
-from api.supervisor import LONGEST_LOOK_S, Supervisor
+from api.supervisor import LONGEST_PAUSE_S, Supervisor
 from api.tokenizer import ChatTokenizer
 from config import Settings
 from distributed.errors import HostAway, ModelError, ModelUnavailable
@@ -157,7 +157,7 @@ def test_a_machine_that_is_away_is_named_and_waited_for_and_blames_no_request(su
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(supervisor.run())
     assert script.seen == [("restarting", "waiting for mac2: it does not answer", ["mac2"])] * 40
-    assert script.slept[:5] == [1, 2, 4, 8, LONGEST_LOOK_S] and script.slept[-1] == LONGEST_LOOK_S
+    assert script.slept[:5] == [1, 2, 4, 8, LONGEST_PAUSE_S] and script.slept[-1] == LONGEST_PAUSE_S
     assert supervisor.waiting_for == [] and script.blamed == 0
 
 
