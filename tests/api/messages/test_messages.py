@@ -259,7 +259,9 @@ def test_the_ring_s_troubles_have_anthropic_s_form(tmp_path: Path, tiny_chat_mod
     async def test() -> None:
         changes = {"max_concurrent_requests": 1}
         async with served(tmp_path, tiny_chat_model, changes, max_queued_requests=1) as app:
-            first, second = post(app), post(app)
+            first = post(app)
+            await app.until(lambda: len(app.client.generations) == 1)
+            second = post(app)
             await app.until(lambda: len(app.client.generations) == 2)
             refused = await app.http.post(MESSAGES, json=BODY)
             assert_anthropic_error(refused, 429, "rate_limit_error")
