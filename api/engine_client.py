@@ -23,6 +23,7 @@ from api.ring_link import RingLink
 from api.suspects import Suspects
 from server.protocol import (
     Cancel,
+    DumpStacks,
     Failed,
     Progress,
     Ready,
@@ -183,6 +184,10 @@ class EngineClient:
             message = "The ring died each time it worked on this request, also while it had no other; the log says how."
             self._fail(self.generations[guilty], EngineFailure(message))
         return guilty is not None
+
+    def dump_stacks(self, reason: str) -> None:
+        """Have every rank log what it is doing, also where it is stuck. Does not wait for it."""
+        self._link.send(DumpStacks(reason))
 
     def shut_down(self) -> None:
         """Ask the ring to end."""

@@ -7,7 +7,6 @@ supervisor, in a thread.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable
 
@@ -24,17 +23,6 @@ def ring_processes(instance: str) -> list[psutil.Process]:
         if f"--instance {instance}" in command and "-m server" in command:
             found.append(process)
     return found
-
-
-def rank_processes(instance: str) -> list[psutil.Process]:
-    """The ranks themselves, and neither mlx.launch nor their shells."""
-    return [process for process in ring_processes(instance) if process.info["cmdline"][1:3] == ["-m", "server"]]
-
-
-def show_stacks(ranks: list[psutil.Process]) -> None:
-    """Each rank writes to the log what its threads are doing, also where they are stuck."""
-    for rank in ranks:
-        _signal(lambda rank=rank: rank.send_signal(signal.SIGUSR1))
 
 
 def end_processes(processes: list[psutil.Process], grace_s: float) -> list[psutil.Process]:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 
 from api.engine_client import EngineClient
-from api.processes import rank_processes, show_stacks
 from api.restart_policy import RingLost
 from api.ring_process import RingProcess
 from config import Settings
@@ -32,13 +31,10 @@ class Replaced(Exception):
 class RingWatch:
     """Args: `replaced` is set by whoever wants another ring: each wait then ends with Replaced."""
 
-    def __init__(
-        self, ring: RingProcess, engine: EngineClient, settings: Settings, instance: str, replaced: asyncio.Event
-    ) -> None:
+    def __init__(self, ring: RingProcess, engine: EngineClient, settings: Settings, replaced: asyncio.Event) -> None:
         self._ring = ring
         self._engine = engine
         self._settings = settings
-        self._instance = instance
         self._replaced = replaced
 
     async def until_ready(self, tell: Callable[[str], None]) -> Ready:
@@ -71,8 +67,10 @@ class RingWatch:
                 continue
             stuck_s = self._engine.seconds_without_step()
             if stuck_s > self._settings.step_timeout:
-                await self._show_stacks()
-                raise RingLost(f"it has work and completed no step for {stuck_s:.0f} s (STEP_TIMEOUT)")
+                reason = f"it has work and completed no step for {stuck_s:.0f} s (STEP_TIMEOUT)"
+                self._engine.dump_stacks(reason)  # afterwards nobody can find out
+                await asyncio.sleep(STACKS_WAIT_S)
+                raise RingLost(reason)
             if self._engine.seconds_of_silence > PEER_SILENCE_S:
                 raise RingLost(f"rank 0 was silent for {PEER_SILENCE_S:.0f} s")
 
@@ -88,7 +86,7 @@ class RingWatch:
                 raise RingLost(self._last_words("mlx.launch ended"), is_explained=True) from None
             return None
         if isinstance(event, Failed):
-            raise RingLost(event.message, permanent=event.permanent)
+            raise RingLost(event.message, permanent=event.permanent, out_of_memory=event.out_of_memory)
         if event is None:
             raise RingLost(self._last_words("rank 0 is gone"))
         return event
@@ -96,9 +94,3 @@ class RingWatch:
     def _last_words(self, what: str) -> str:
         last = self._ring.last_lines[-1] if self._ring.last_lines else "it printed nothing"
         return f"{what}; its last line: {last[:500]}"
-
-    async def _show_stacks(self) -> None:
-        """What each rank is at, in the log: afterwards nobody can find out."""
-        logger.error("the ring is stuck; what its ranks are doing:")
-        await asyncio.to_thread(lambda: show_stacks(rank_processes(self._instance)))
-        await asyncio.sleep(STACKS_WAIT_S)

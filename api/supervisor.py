@@ -210,7 +210,7 @@ class Supervisor:
                 self._ports.take(await asyncio.to_thread(ring_hosts, self._settings))
                 ring = await RingProcess.start(self._settings, socket_path, self._instance)
                 self._write_ring_file(ring)
-                watch = RingWatch(ring, self._engine, self._settings, self._instance, self._reloads)
+                watch = RingWatch(ring, self._engine, self._settings, self._reloads)
                 ready = await watch.until_ready(lambda detail: self._enter(self.state, detail))
                 await self._load_tokenizer(ready)
                 if self._reloads.is_set():

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.faulty_ranks import FaultyRank
 from tests.running_server import RunningServer
 
 pytestmark = pytest.mark.ring
@@ -63,10 +65,17 @@ PROMPTS: dict[str, dict[str, Any]] = {
 OWN = {"id", "created", "created_at", "completed_at", "performance", "item_id", "call_id", "request_id"}
 
 
-@pytest.fixture
-def server(tmp_path: Path, tiny_chat_model: Path) -> Iterator[RunningServer]:
-    environ = {"MODEL_REPO": str(tiny_chat_model), "RING_SIZE": "2", "PREFIX_CACHE": "false"}
-    made = RunningServer(tmp_path / "project", environ)
+@pytest.fixture(scope="module")
+def faulty_rank(tmp_path_factory: pytest.TempPathFactory) -> FaultyRank:
+    return FaultyRank("wedge", 1, tmp_path_factory.mktemp("fault") / "now")
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, tiny_chat_model: Path, faulty_rank: FaultyRank
+) -> Iterator[RunningServer]:
+    about = {"MODEL_REPO": str(tiny_chat_model), "RING_SIZE": "2", "PREFIX_CACHE": "false", "STEP_TIMEOUT": "5"}
+    made = RunningServer(tmp_path_factory.mktemp("server") / "project", {**about, **faulty_rank.environment})
     made.start()
     yield made
     made.stop()
@@ -108,28 +117,44 @@ def leaves_of(value: Any) -> Iterator[Any]:
         yield value
 
 
-async def read_all(server: RunningServer, *, kill: int | None = None) -> dict[str, list[Any]]:
-    """What every stream says, all running at once; `kill`: the rank that dies when each has said something."""
+async def read_all(
+    server: RunningServer, names: Sequence[str], *, amid: Callable[[], None] | None = None
+) -> dict[str, list[Any]]:
+    """What these streams say, all running at once; `amid` is called when each has said something."""
     async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as http:
-        readers = [Reader(server, http, name) for name in STREAMS]
-        if kill is not None:
-            pid = server.health()["ranks"][kill]["pid"]
+        readers = [Reader(server, http, name) for name in names]
+        if amid is not None:
             while not all(len(reader.events) >= 10 for reader in readers):
                 await asyncio.sleep(0.001)
-            os.kill(pid, signal.SIGKILL)
+            amid()
             assert not any(reader.task.done() for reader in readers), "one had ended before"
         await asyncio.gather(*[reader.task for reader in readers])
         return {reader.name: reader.leaves() for reader in readers}
 
 
-def test_every_kind_of_stream_goes_on_exactly_when_a_rank_is_killed(server: RunningServer):
-    undisturbed = asyncio.run(read_all(server))
-    disturbed = asyncio.run(read_all(server, kill=1))
+def assert_same(disturbed: dict[str, list[Any]], undisturbed: dict[str, list[Any]]) -> None:
     for name, expected in undisturbed.items():
+        said = [leaf for leaf in disturbed[name] if not isinstance(leaf, float)]
+        assert said == [leaf for leaf in expected if not isinstance(leaf, float)], name
         # Logits differ in their last bits with the rows that are computed together.
-        assert [leaf for leaf in disturbed[name] if not isinstance(leaf, float)] == [
-            leaf for leaf in expected if not isinstance(leaf, float)
-        ], name
         numbers = [leaf for leaf in expected if isinstance(leaf, float)]
         assert [leaf for leaf in disturbed[name] if isinstance(leaf, float)] == pytest.approx(numbers, abs=1e-3), name
+
+
+def test_every_kind_of_stream_goes_on_exactly_when_a_rank_is_killed(server: RunningServer):
+    pid = server.health()["ranks"][1]["pid"]
+    undisturbed = asyncio.run(read_all(server, list(STREAMS)))
+    disturbed = asyncio.run(read_all(server, list(STREAMS), amid=lambda: os.kill(pid, signal.SIGKILL)))
+    assert_same(disturbed, undisturbed)
     assert server.log().count("state: ready -> restarting") == 1
+
+
+def test_a_ring_that_is_stuck_says_where_and_its_streams_go_on(server: RunningServer, faulty_rank: FaultyRank):
+    names = ["greedy, with logprobs", "two seeded choices"]
+    undisturbed = asyncio.run(read_all(server, names))
+    disturbed = asyncio.run(read_all(server, names, amid=faulty_rank.fail_in_the_next_step))
+    assert_same(disturbed, undisturbed)
+    log = server.log()
+    for rank in (0, 1):
+        assert re.search(rf"rank {rank}/2].*stacks of all threads, because .* completed no step for \d+ s", log)
+    assert "wedge" in log.partition("stacks of all threads")[2]

@@ -13,7 +13,7 @@ from api.engine_client import EngineClient
 from api.restart_policy import RingLost
 from api.ring_watch import Replaced, RingWatch
 from config import Settings
-from server.protocol import Failed, Progress, Stats
+from server.protocol import DumpStacks, Failed, Progress, Stats
 from tests.api.fake_engine import READY, FakeEngine, connected
 
 
@@ -41,7 +41,7 @@ class Watched:
         self.replaced = asyncio.Event()
         self.client = EngineClient({}, max_queued_requests=9, request_timeout_s=99, clock=self.clock)
         chosen = Settings(project_root=folder, poll_interval=0.01, **settings)
-        self.watch = RingWatch(self.launcher, self.client, chosen, "no such instance", self.replaced)
+        self.watch = RingWatch(self.launcher, self.client, chosen, self.replaced)
         self.engine: FakeEngine
 
     async def ends(self) -> RingLost:
@@ -109,9 +109,9 @@ def test_the_end_of_rank_0_is_the_end_of_the_ring(tmp_path: Path):
 def test_what_rank_0_says_before_its_end_is_the_reason(tmp_path: Path):
     async def test() -> None:
         async with watched(tmp_path) as ring:
-            ring.engine.send(Failed("the split does not add up", permanent=True))
+            ring.engine.send(Failed("rank 2: too little memory", permanent=True, out_of_memory=True))
             lost = await ring.ends()
-            assert (lost.reason, lost.permanent) == ("the split does not add up", True)
+            assert (lost.reason, lost.permanent, lost.out_of_memory) == ("rank 2: too little memory", True, True)
 
     asyncio.run(test())
 
@@ -158,6 +158,8 @@ def test_a_ring_that_has_work_and_completes_no_step_is_stuck_and_one_that_does_i
                 ring.engine.send(Stats([], 1, 0, num_frames_in_flight=1, num_steps=6))
                 await asyncio.sleep(0.001)
             assert "completed no step for 6" in (await watching).reason
+            asked = await ring.engine.read()
+            assert isinstance(asked, DumpStacks) and asked.reason == (await watching).reason
             assert not (await watching).is_explained
 
     asyncio.run(test())
