@@ -70,7 +70,7 @@ class Supervisor:
         self._ports = RingPorts()
         self._ready_since = 0.0  # time.monotonic()
         self._lost_at = 0.0  # time.time()
-        self._sockets = Path(tempfile.mkdtemp(prefix="mlx-ring-"))  # only its owner may enter
+        self._sockets = Path(tempfile.mkdtemp(prefix=f"mlx-ring-{instance}-"))  # only its owner may enter
 
     # -- for the routes ----------------------------------------------------------------------------------------------
 
@@ -101,6 +101,9 @@ class Supervisor:
 
     async def _run_rings(self) -> None:
         policy = RestartPolicy()
+        for folder in self._sockets.parent.glob(f"mlx-ring-{self._instance}-*"):
+            if folder != self._sockets:  # of a server of this project that was killed
+                shutil.rmtree(folder, ignore_errors=True)
         await self._machines_away()  # a crashed server may have left ranks there
         while True:
             self._take_asked_settings()

@@ -88,6 +88,8 @@ def test_ranks_end_with_the_api_and_one_that_is_stopped_with_the_next_start(new_
     server.start()
     assert not stopped.is_running()
     assert text_of(stream_of(server, max_tokens=5)) is not None
+    folders = Path(tempfile.gettempdir()).glob(f"mlx-ring-{instance_id(server.root)}-*")
+    assert len(list(folders)) == 1, "that of the killed one is gone"
 
 
 def test_rings_that_are_lost_leave_no_process_no_file_and_no_descriptor(new_server: NewServer):
