@@ -37,6 +37,12 @@ class Service:
     engine: EngineClient
     supervisor: Supervisor
     started_at: float = field(default_factory=time.time)
+    _began: float = field(default_factory=time.monotonic)
+
+    @property
+    def uptime_s(self) -> float:
+        """Whatever happens to the clock meanwhile."""
+        return time.monotonic() - self._began
 
     def check_model(self, name: str) -> None:
         """Raises ModelNotFound for a model that is not the served one."""

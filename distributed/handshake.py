@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from distributed.control import connect_neighbours, listen
-from distributed.errors import HandshakeError
+from distributed.errors import HandshakeError, RingError
 from distributed.pipeline import Pipeline
 from distributed.ring import Ring
 from distributed.version import MUST_AGREE, versions
@@ -48,17 +48,27 @@ def meet(ring: Ring, inbox: queue.SimpleQueue[Any], report: Callable[[], bytes])
         control_port=listener.getsockname()[1] if listener else 0,
         token=secrets.token_hex(16),
     )
-    everyone = [msgspec.json.decode(record, type=Introduction) for record in ring.gather(msgspec.json.encode(own))]
-    check_versions(everyone)
+    everyone = read_introductions(ring.gather(msgspec.json.encode(own)))
     left = right = None
     if listener:
         right_address = (ring.addresses[ring.right], everyone[ring.right].control_port)
         left, right = connect_neighbours(
             listener, right_address, token=everyone[0].token, rank=ring.rank, size=ring.size
         )
+    check_versions(everyone)  # not before they are believed: a difference is final
     pipeline = Pipeline(ring, left, right, inbox, report)
     pipeline.start()
     return pipeline, everyone
+
+
+def read_introductions(records: list[bytes]) -> list[Introduction]:
+    """Raises RingError where a record is not a rank's."""
+    try:
+        return [msgspec.json.decode(record, type=Introduction) for record in records]
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise RingError(
+            f"what came round the ring is not ours, so somebody else called at a ring port: {error}"
+        ) from None
 
 
 def check_versions(everyone: list[Introduction]) -> None:

@@ -6,7 +6,6 @@ who show one. Read by launch.sh, by load balancers and by people.
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,7 +31,7 @@ async def health(request: Request) -> Response:
     report = {
         "status": supervisor.state,
         "model": service.settings.model_name,
-        "uptime_s": round(time.time() - service.started_at, 3),
+        "uptime_s": round(service.uptime_s, 3),
     }
     if not service.settings.api_keys or hasattr(request.state, "api_key_label"):
         report |= {

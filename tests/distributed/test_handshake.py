@@ -1,9 +1,10 @@
 """Ranks that are not alike find out before anything is loaded."""
 
+import msgspec
 import pytest
 
-from distributed.errors import HandshakeError
-from distributed.handshake import Introduction, check_versions
+from distributed.errors import HandshakeError, RingError
+from distributed.handshake import Introduction, check_versions, read_introductions
 from distributed.version import versions
 
 
@@ -24,3 +25,11 @@ def test_a_difference_names_rank_host_and_both_versions(name: str):
 
 def test_changed_code_is_another_version():
     assert versions()["mlx-ring-server"].count("+") == 1
+
+
+@pytest.mark.parametrize("record", [b"", b"GET / HTTP/1.1", b"\xff" * 100, b"{}", b'{"host": 7}'])
+def test_what_a_stranger_puts_into_the_ring_is_no_final_error(record: bytes):
+    ours = msgspec.json.encode(introduction("first"))
+    with pytest.raises(RingError, match="a stranger called at a ring port") as raised:
+        read_introductions([ours, record])
+    assert not isinstance(raised.value, HandshakeError)
