@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import time
 from collections import Counter
 from typing import Any, NoReturn
 
@@ -19,7 +18,8 @@ from starlette.requests import Request
 
 from api.errors import BodyTimeout, BodyTooLarge, InvalidRequest, UnsupportedMediaType
 
-BODY_TIMEOUT_S = 60.0  # without a further byte
+BODY_TIMEOUT_S = 60.0  # for a body that does not come, and on top of what one takes that comes slowly
+SLOWEST_BYTES_PER_S = 4096
 DISCARD_S = 2.0  # how long the rest of a body that is too large is read, so that the client gets to read its 413
 MAX_DEPTH = 200  # pydantic writes about 250 levels, and answers repeat what was sent (tools, items)
 MAX_MEMBERS = 10_000  # of one object; each one that is wrong would make an error of its own
@@ -38,16 +38,19 @@ async def read_json_body(request: Request, max_bytes: int) -> bytes:
     declared = request.headers.get("content-length", "")
     too_large = declared.isdecimal() and int(declared) > max_bytes
     body = bytearray()
+    num_bytes = 0
     chunks = aiter(request.stream())
-    discard_until = time.monotonic() + DISCARD_S
+    began = asyncio.get_running_loop().time()
     while True:
         try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
+            async with asyncio.timeout_at(began + BODY_TIMEOUT_S + num_bytes / SLOWEST_BYTES_PER_S):
                 chunk = await anext(chunks, None)
         except TimeoutError:
-            raise BodyTimeout(f"No further byte of the request's body came within {BODY_TIMEOUT_S:.0f} s.") from None
-        if chunk is None or (too_large and time.monotonic() > discard_until):
+            seconds = asyncio.get_running_loop().time() - began
+            raise BodyTimeout(f"Of the request's body only {num_bytes} bytes came within {seconds:.0f} s.") from None
+        if chunk is None or (too_large and asyncio.get_running_loop().time() > began + DISCARD_S):
             break
+        num_bytes += len(chunk)
         body += chunk
         if too_large or len(body) > max_bytes:
             too_large = True

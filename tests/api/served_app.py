@@ -19,6 +19,7 @@ import msgspec
 import uvicorn
 
 from api.app import create_app
+from api.connections import KEEP_ALIVE_S, Connections
 from api.engine_client import EngineClient
 from api.supervisor import Supervisor
 from api.tokenizer import ChatTokenizer
@@ -66,7 +67,9 @@ class Served:
 
 
 @asynccontextmanager
-async def served(folder: Path, model: Path, ready: dict[str, Any] | None = None, **keys: Any) -> AsyncIterator[Served]:
+async def served(
+    folder: Path, model: Path, ready: dict[str, Any] | None = None, *, max_connections: int = 1000, **keys: Any
+) -> AsyncIterator[Served]:
     """`ready`: changes to what the ring says it can; `keys`: settings."""
     settings = Settings(model_name="tiny", model_repo=str(model), project_root=folder, **keys)
     client = EngineClient(
@@ -82,6 +85,8 @@ async def served(folder: Path, model: Path, ready: dict[str, Any] | None = None,
     http_server = uvicorn.Server(
         uvicorn.Config(
             create_app(settings, client, supervisor),
+            http=Connections(max_connections=max_connections, silence_s=settings.request_timeout).accept,  # pyright: ignore[reportArgumentType]
+            timeout_keep_alive=KEEP_ALIVE_S,
             port=port,
             log_config=None,
             lifespan="off",
