@@ -8,7 +8,7 @@ usage: ./launch.sh COMMAND
 
   start      make the environment, fetch the model, start the server, wait until it is ready
   stop       end the server and everything it started, here and on the worker hosts
-  restart    stop, then start; applies what changed in .env
+  restart    apply what changed in .env; requests go on where only the ring changes, and end first where not
   status     ranks, layers, memory, KV cache, requests
   logs       follow server.log (-n LINES: how many to begin with)
   plan       what would run where and whether it fits, without loading a model

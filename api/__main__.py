@@ -21,6 +21,7 @@ from pathlib import Path
 
 import uvicorn
 
+from api import reload
 from api.ports import check_port
 from api.runtime_files import API_FILE, AlreadyRunning, only_server_of, write_json
 from config import ConfigError, Settings, load_config
@@ -48,6 +49,7 @@ def main() -> int:
         settings = load_config(root)
     except ConfigError as error:
         return _refuse(str(error), EXIT_CONFIG)
+    basis = reload.basis(settings, os.environ)
     export_passthrough(settings)
     setup_api_logging(settings, root / "server.log", to_stderr=arguments.log_to_stderr)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start and end are said by this module
@@ -55,7 +57,7 @@ def main() -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with only_server_of(run_dir(root)), _bound(settings.api_host, settings.api_port) as listener:
-            about = {"pid": os.getpid(), "host": settings.api_host, "port": settings.api_port}
+            about = {"pid": os.getpid(), "host": settings.api_host, "port": settings.api_port, "basis": basis}
             write_json(run_dir(root) / API_FILE, {**about, "instance": arguments.instance, "started": time.time()})
             gc.collect()
             gc.freeze()  # what was imported stays: the collector, for which all streams wait, need not look at it again
@@ -111,6 +113,7 @@ class _HttpServer(uvicorn.Server):
 async def _serve(settings: Settings, instance: str, listener: socket.socket) -> None:
     # Only here, so that a wrong setting or a taken port is said in an instant.
     from api.app import create_app
+    from api.connections import KEEP_ALIVE_S, Connections, raise_file_limit
     from api.engine_client import EngineClient
     from api.supervisor import Supervisor
 
@@ -122,9 +125,12 @@ async def _serve(settings: Settings, instance: str, listener: socket.socket) -> 
         max_queued_per_key=settings.max_queued_requests_per_key,
     )
     supervisor = Supervisor(settings, engine, instance)
+    connections = Connections.for_open_files(raise_file_limit(), silence_s=settings.request_timeout)
     http = _HttpServer(
         uvicorn.Config(
             create_app(settings, engine, supervisor),
+            http=connections.accept,  # pyright: ignore[reportArgumentType]  # it only ever calls the class
+            timeout_keep_alive=KEEP_ALIVE_S,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -140,6 +146,13 @@ async def _serve(settings: Settings, instance: str, listener: socket.socket) -> 
         supervisor.hurry = stop.is_set()  # the second one waits for no request
         stop.set()
 
+    def on_reload() -> None:
+        folder = run_dir(settings.project_root)
+        asked = reload.read_asked(folder, settings)
+        if asked is not None and supervisor.reload(*asked):
+            reload.confirm(folder)
+
+    loop.add_signal_handler(reload.ASK, on_reload)
     for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(signal_number, on_signal)
     logger.info("serving http://%s:%d, model %s", settings.api_host, settings.api_port, settings.model_name)

@@ -40,12 +40,13 @@ def end_processes(processes: list[psutil.Process], grace_s: float) -> list[psuti
 def _wait(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
     """Those that still run after `timeout_s`. It looks and does not wait(2): a child's exit code is its parent's."""
     deadline = time.monotonic() + timeout_s
-    while (left := [process for process in processes if _runs(process)]) and time.monotonic() < deadline:
+    while (left := [process for process in processes if runs(process)]) and time.monotonic() < deadline:
         time.sleep(POLL_S)
     return left
 
 
-def _runs(process: psutil.Process) -> bool:
+def runs(process: psutil.Process) -> bool:
+    """Whether it has not ended yet."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 API_FILE = "api.json"
 RING_FILE = "ring.json"
+RELOAD_FILE = "reload.json"  # settings that wait for the api to take them over, see api.reload
 LOCK_FILE = "lock"
 
 
@@ -36,7 +37,7 @@ def only_server_of(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            for name in (API_FILE, RING_FILE):
+            for name in (API_FILE, RING_FILE, RELOAD_FILE):
                 (folder / name).unlink(missing_ok=True)
 
 
@@ -56,7 +57,8 @@ def lock_port(port: int) -> IO[str]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replaces the file as a whole, so a reader never sees half of it."""
+    """Replaces the file as a whole, so a reader never sees half of it. Nobody but its owner may read it."""
     draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft.touch(mode=0o600)
     draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     draft.replace(path)

@@ -143,13 +143,16 @@ class Supervisor:
             await asyncio.sleep(self._settings.poll_interval)
             self._engine.expire(self.detail)
 
-    def reload(self, settings: Settings) -> bool:
-        """End the ring in order and start one with `settings`, which go with the tokenizer; requests go on there.
+    def reload(self, settings: Settings, model_path: Path) -> bool:
+        """End the ring in order and start one with `settings`; requests go on there.
 
-        False where no ring serves or comes back, or where the model's files have changed. Where the ring does not get
-        ready, the settings that served before serve again, and `notice` says why.
+        False where no ring serves or comes back, or where `model_path`, what MODEL_REPO stands for now, is not the
+        model that they came for. Where no ring gets ready, the settings that served before serve again; `notice` says
+        why.
         """
-        if self.state not in ("ready", "restarting") or self.tokenizer is None or not self.tokenizer.is_current():
+        if self.state not in ("ready", "restarting") or self.tokenizer is None:
+            return False
+        if self.tokenizer.path.resolve() != model_path.resolve() or not self.tokenizer.is_current():
             return False
         self.notice = ""
         self._asked_settings = settings

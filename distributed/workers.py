@@ -64,9 +64,12 @@ class WorkerModel:
 
 
 def check_workers(
-    settings: Settings, hosts: Sequence[RankHost], model: WorkerModel | None, report: Report
+    settings: Settings, hosts: Sequence[RankHost], model: WorkerModel | None, report: Report, *, with_links: bool = True
 ) -> dict[str, Facts]:
-    """Check every worker and every link; HostError lists all failures, one a line. Returns each worker's facts."""
+    """Check every worker and every link; HostError lists all failures, one a line. Returns each worker's facts.
+
+    `with_links=False` while a ring has the ports.
+    """
     targets = worker_targets(hosts)
     with ThreadPoolExecutor(max_workers=max(1, len(targets))) as pool:
         answers = list(pool.map(partial(_try_to_ask_facts, settings, model=model), targets))
@@ -81,7 +84,8 @@ def check_workers(
                 report(f"{target}: has no OpenBLAS, which makes it slow: install libopenblas0 there")
     if failures:
         raise HostError("\n".join(failures))
-    check_links(settings, hosts, report)
+    if with_links:
+        check_links(settings, hosts, report)
     return {target: answer for target, answer in zip(targets, answers, strict=True) if isinstance(answer, dict)}
 
 

@@ -52,11 +52,19 @@ class RunningServer:
 
     # -- its life ----------------------------------------------------------------------------------------------------
 
-    def start(self, *, wait: bool = True) -> None:
-        """Start it; with `wait` until it is ready. AssertionError with the log where it does not get ready."""
+    def start(self, *, wait: bool = True, own_group: bool = False) -> None:
+        """Start it; with `wait` until it is ready. AssertionError with the log where it does not get ready.
+
+        `own_group`: its processes are a group, as those of a command in a terminal are.
+        """
         with (self.root / "output.txt").open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "api"], cwd=self.root, env=self.environ, stdout=output, stderr=output
+                [sys.executable, "-m", "api"],
+                cwd=self.root,
+                env=self.environ,
+                stdout=output,
+                stderr=output,
+                process_group=0 if own_group else None,
             )
         RunningServer.started.append(self)
         if wait:

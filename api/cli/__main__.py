@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from api.cli import logs, plan, start, status, stop, workers
+from api.cli import logs, plan, restart, start, status, stop, workers
 from config import ConfigError
 from distributed.errors import DistributedError
 
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands: dict[str, Callable[[Path], int]] = {
         "start": start.start,
         "stop": stop.stop,
-        "restart": start.restart,
+        "restart": restart.restart,
         "status": status.status,
         "plan": plan.plan,
         "workers": workers.workers,

@@ -1,4 +1,4 @@
-"""`start` and `restart`: everything between a fresh folder and a server that answers.
+"""`start`: everything between a fresh folder and a server that answers.
 
 It prepares (.env, model, hosts), starts `python -m api` detached, and waits until /health says ready, showing what it
 waits for. When that fails it says why and leaves nothing running. Called by launch.sh once the environment is there.
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -54,14 +55,6 @@ def start(root: Path) -> int:
         return _start(root, settings)
 
 
-def restart(root: Path) -> int:
-    """Apply .env. A mistake in it is found while the running server still serves."""
-    make_dotenv(root)
-    load_config(root)
-    end_everything(root)
-    return start(root)
-
-
 def make_dotenv(root: Path) -> None:
     if not (root / ".env").exists() and (root / ".env.example").exists():
         draft = root / ".run" / "env.partial"
@@ -91,7 +84,7 @@ def _start(root: Path, settings: Settings) -> int:
         check_workers(settings, hosts, model, print)
     try:
         process = _spawn(root, instance)
-        health = _wait_until_ready(root, settings, process)
+        health = wait_until_ready(root, settings, process.poll)
     except (StartFailed, KeyboardInterrupt) as error:
         progress.end()
         end_everything(root, drain=False)
@@ -152,8 +145,8 @@ def _spawn(root: Path, instance: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def _wait_until_ready(root: Path, settings: Settings, process: subprocess.Popen[bytes]) -> Health:
-    """Raises StartFailed with the reason."""
+def wait_until_ready(root: Path, settings: Settings, exit_code: Callable[[], int | None]) -> Health:
+    """`exit_code`: the api process's, None while it runs. Raises StartFailed with the reason."""
     progress = Progress()
     log_start = _size(root / LOG_FILE)
     patience_s = settings.start_timeout + TIMEOUT_SLACK_S
@@ -164,9 +157,9 @@ def _wait_until_ready(root: Path, settings: Settings, process: subprocess.Popen[
         if health and status == "ready":
             progress.end()
             return health
-        if process.poll() is not None:
+        if (code := exit_code()) is not None:
             progress.end()
-            raise StartFailed(_last_words(root, log_start) or f"the api process ended with code {process.returncode}")
+            raise StartFailed(_last_words(root, log_start) or f"the api process ended with code {code}")
         if health and status in ("failed", "stopping"):
             progress.end()
             raise StartFailed(health.get("detail") or status)

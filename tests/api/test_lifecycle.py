@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ def new_server(tmp_path: Path, tiny_chat_model: Path) -> Iterator[NewServer]:
 def stream_of(server: RunningServer, **fields: Any) -> Any:
     fields = {"model": server.model, "max_tokens": 400, "temperature": 0, "stream": True, **fields}
     return server.client().chat.completions.create(messages=HELLO, **fields)
+
+
+def open_stream(server: RunningServer) -> AbstractContextManager[httpx.Response]:
+    """A stream as lines, of some seconds."""
+    body = {"model": server.model, "messages": HELLO, "max_tokens": 1900, "temperature": 0, "stream": True}
+    return httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60)
 
 
 def text_of(stream: Any) -> str:
@@ -154,12 +161,7 @@ def test_stop_lets_accepted_requests_end_and_takes_no_more(new_server: NewServer
 def test_past_its_grace_stop_ends_requests_with_an_error(new_server: NewServer):
     server = new_server(SHUTDOWN_GRACE_S=0)
     server.start()
-    with httpx.stream(
-        "POST",
-        f"{server.url}/v1/chat/completions",
-        json={"model": server.model, "messages": HELLO, "max_tokens": 1900, "temperature": 0, "stream": True},
-        timeout=60,
-    ) as response:
+    with open_stream(server) as response:
         lines = response.iter_lines()
         next(lines)
         assert server.process is not None
@@ -167,6 +169,24 @@ def test_past_its_grace_stop_ends_requests_with_an_error(new_server: NewServer):
         last = [line for line in lines if line.startswith("data: ")][-1]
     assert "being stopped" in json.loads(last.removeprefix("data: "))["error"]["message"]
     assert server.stop() == 0
+
+
+def test_ctrl_c_in_the_server_s_terminal_lets_requests_end_and_no_idle_client_holds_it_up(new_server: NewServer):
+    server = new_server(RING_SIZE=2, SHUTDOWN_GRACE_S=60)
+    server.start(own_group=True)
+    silent = socket.create_connection(("127.0.0.1", server.api_port))
+    with silent, httpx.Client() as idle, open_stream(server) as response:
+        idle.get(f"{server.url}/v1/models")
+        lines = response.iter_lines()
+        next(lines)
+        assert server.process is not None
+        os.killpg(server.process.pid, signal.SIGINT)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+        ended = time.monotonic()
+        assert server.process.wait(30) == 0
+    assert time.monotonic() - ended < 15
+    RunningServer.started.remove(server)
+    assert "the ring is lost" not in server.log()
 
 
 def test_a_server_can_be_stopped_while_it_starts(new_server: NewServer):

@@ -101,7 +101,7 @@ def test_asked_settings_are_the_next_ring_s_and_those_that_served_come_back_wher
             raise asyncio.CancelledError
         supervisor._served_settings, supervisor.state = old, "ready"
         supervisor.tokenizer = ChatTokenizer(tiny_chat_model)
-        assert supervisor.reload(new)
+        assert supervisor.reload(new, tiny_chat_model)
         assert supervisor.state == "restarting"
         assert supervisor._reloads.is_set()
         raise Replaced
@@ -178,9 +178,9 @@ def test_only_deaths_that_nobody_can_explain_blame_requests(supervisor: Any, is_
 
 
 @pytest.mark.parametrize("state", ["starting", "failed", "stopping"])
-def test_nothing_is_reloaded_where_no_ring_serves_or_comes_back(supervisor: Any, state: str):
+def test_nothing_is_reloaded_where_no_ring_serves_or_comes_back(supervisor: Any, state: str, tmp_path: Path):
     supervisor.state = state
-    assert not supervisor.reload(supervisor._settings)
+    assert not supervisor.reload(supervisor._settings, tmp_path)
     assert supervisor.state == state
 
 
@@ -196,8 +196,9 @@ def test_ids_of_one_tokenizer_never_reach_another(supervisor: Any, tiny_chat_mod
         supervisor._engine.submit(accepted)
         await supervisor._load_tokenizer(ready)
         assert supervisor.tokenizer is first and supervisor._engine.generations
+        assert not supervisor.reload(supervisor._settings, tiny_chat_model), "another folder"
         (folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes() + b"\n")
-        assert not supervisor.reload(supervisor._settings)
+        assert not supervisor.reload(supervisor._settings, folder)
         await supervisor._load_tokenizer(ready)
         assert supervisor.tokenizer is not first and not supervisor._engine.generations
         with pytest.raises(NotReady, match="model was changed"):

@@ -7,10 +7,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from openai import OpenAI
 
 from tests.launched_project import LaunchedProject, clean_environment
 
@@ -21,6 +24,7 @@ pytestmark = pytest.mark.ring
 def served(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LaunchedProject, str]]:
     """A project that was started from another folder, and what start printed."""
     project = new_project(tmp_path_factory.mktemp("cli"), tiny_chat_model)
+    project.write_dotenv(SHUTDOWN_GRACE_S=60)
     started = project.launch("start", cwd=Path("/"))
     assert started.returncode == 0, started.stdout
     yield project, started.stdout
@@ -129,19 +133,94 @@ def test_a_mistake_in_dotenv_does_not_end_the_running_server_on_restart(served: 
 
 def test_the_server_outlives_the_terminal_it_was_started_from(served: tuple[LaunchedProject, str]):
     project, _ = served
+    assert os.getsid(api_pid(project)) == api_pid(project), "a session of its own"
+
+
+# -- restart ---------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """An answer that comes, as text. It takes the tiny model some seconds."""
+
+    def __init__(self, project: LaunchedProject) -> None:
+        client = OpenAI(base_url=f"http://127.0.0.1:{project.keys['API_PORT']}/v1", api_key="none", max_retries=0)
+        messages: Any = [{"role": "user", "content": "hello world"}]
+        self._chunks: Any = client.chat.completions.create(
+            messages=messages,
+            model="tiny",
+            max_tokens=1900,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        self.id = ""
+        self.text = ""
+
+    def read(self, num_chunks: int | None = None) -> str:
+        """All text so far, after so many more chunks or at the end."""
+        for chunk in islice(self._chunks, num_chunks):
+            self.id = chunk.id
+            self.text += chunk.choices[0].delta.content or ""
+        return self.text
+
+
+def api_pid(project: LaunchedProject) -> int:
     (api,) = [process for process in project.processes() if process.info["cmdline"][1:3] == ["-m", "api"]]
-    assert os.getsid(api.pid) == api.pid, "a session of its own"
+    return api.pid
 
 
-def test_restart_applies_dotenv(served: tuple[LaunchedProject, str]):
+@pytest.fixture(scope="module")
+def undisturbed(served: tuple[LaunchedProject, str]) -> str:
+    return Stream(served[0]).read()
+
+
+def test_a_stream_goes_on_over_a_restart_that_changes_the_ring_alone(
+    served: tuple[LaunchedProject, str], undisturbed: str
+):
     project, _ = served
-    project.write_dotenv(MODEL_NAME="renamed", RING_SIZE=1)
+    api, log = api_pid(project), project.root / "server.log"
+    stream = Stream(project)
+    stream.read(20)
+    project.write_dotenv(RING_SIZE=1, LOG_LEVEL="info")  # the same level
+    began = len(log.read_text())
+    again = project.launch("restart")
+    assert again.returncode == 0 and "a new ring takes over" in again.stdout and "ready: tiny" in again.stdout
+    assert stream.read() == undisturbed
+    said = log.read_text()[began:]
+    assert said.index("restarting -> ready") < said.index(stream.id), "it ended before the ring did"
+    assert (len(project.ranks()), api_pid(project)) == (1, api)
+
+
+def test_settings_that_give_no_ring_make_way_for_those_that_served(served: tuple[LaunchedProject, str]):
+    project, _ = served
+    api, num_ranks = api_pid(project), len(project.ranks())
+    project.write_dotenv(LAYER_SPLIT=",".join("1" * num_ranks))
+    try:
+        again = project.launch("restart")
+    finally:
+        project.write_dotenv(LAYER_SPLIT="auto")
+    assert again.returncode == 1, again.stdout
+    assert "those from before serve: " in again.stdout and "LAYER_SPLIT" in again.stdout
+    assert "those from before serve: " in project.launch("status").stdout
+    assert (len(project.ranks()), api_pid(project)) == (num_ranks, api)
+    assert Stream(project).read(5)
+
+
+def test_a_restart_with_another_name_of_the_model_lets_requests_end_first(
+    served: tuple[LaunchedProject, str], undisturbed: str
+):
+    project, _ = served
+    api = api_pid(project)
+    stream = Stream(project)
+    stream.read(20)
+    project.write_dotenv(MODEL_NAME="renamed")
     try:
         again = project.launch("restart")
         assert again.returncode == 0 and "ready: renamed" in again.stdout
-        assert len(project.ranks()) == 1
+        assert stream.read() == undisturbed
+        assert api_pid(project) != api
     finally:
-        project.write_dotenv(MODEL_NAME="tiny", RING_SIZE=2)
+        project.write_dotenv(MODEL_NAME="tiny")
 
 
 # -- plans and mistakes, without a server ----------------------------------------------------------------------------

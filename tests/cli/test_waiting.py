@@ -12,14 +12,6 @@ from api.cli import start, stop
 from config import Settings
 
 
-class Api:
-    """A process that never ends."""
-
-    returncode = None
-
-    def poll(self) -> None: ...
-
-
 class Clock:
     now = 0.0
 
@@ -43,15 +35,13 @@ def test_start_waits_as_long_as_there_is_progress(clock: Clock, monkeypatch: pyt
         return {"status": "ready" if done else "starting", "detail": f"{clock.now // 200} %"}
 
     monkeypatch.setattr(start, "fetch_health", health)
-    process: Any = Api()
-    assert start._wait_until_ready(tmp_path, Settings(start_timeout=300), process)["status"] == "ready"
+    assert start.wait_until_ready(tmp_path, Settings(start_timeout=300), lambda: None)["status"] == "ready"
 
 
 def test_start_gives_up_where_there_is_none(clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(start, "fetch_health", lambda *_, **__: {"status": "starting", "detail": "stuck"})
-    process: Any = Api()
     with pytest.raises(start.StartFailed, match="START_TIMEOUT=300 s; last: stuck"):
-        start._wait_until_ready(tmp_path, Settings(start_timeout=300), process)
+        start.wait_until_ready(tmp_path, Settings(start_timeout=300), lambda: None)
     assert clock.now < 500
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from config import Settings
 from config.settings import API_ONLY, KEYS, PROCESS_FIELDS, RING_FIELDS
 from tests.config.conftest import Load, Refuse
+from tests.running_server import PROJECT
 
 # key, the default, (text as in .env, its value), …, then values that must be refused
 CASES: list[tuple[str, Any, list[tuple[str, Any]], list[str]]] = [
@@ -67,6 +69,9 @@ def test_every_key_says_whether_a_new_ring_applies_it_or_a_new_api_process() -> 
     assert RING_FIELDS | PROCESS_FIELDS == set(KEYS.values())
     assert not RING_FIELDS & PROCESS_FIELDS
     assert API_ONLY <= PROCESS_FIELDS
+    text = (PROJECT / "docs" / "configuration.md").read_text()
+    section = text[text.index("## What restart does with a key") : text.index("A change of any other key")]
+    assert {KEYS[key] for key in re.findall(r"`([A-Z_]+)`", section)} == RING_FIELDS
 
 
 @pytest.mark.parametrize(("key", "default"), [(key, default) for key, default, *_ in CASES])
