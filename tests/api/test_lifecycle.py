@@ -62,6 +62,13 @@ def open_stream(server: RunningServer) -> AbstractContextManager[httpx.Response]
     return httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60)
 
 
+def request_of_much(server: RunningServer) -> bytes:
+    """The bytes of a request whose stream is more than a connection holds while nobody reads it."""
+    body = {"model": server.model, "messages": HELLO, "max_tokens": 1900, "temperature": 0, "stream": True}
+    content = json.dumps({**body, "logprobs": True, "top_logprobs": 20}).encode()
+    return f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
+
+
 def text_of(stream: Any) -> str:
     return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
 
@@ -174,9 +181,10 @@ def test_past_its_grace_stop_ends_requests_with_an_error(new_server: NewServer):
 def test_ctrl_c_in_the_server_s_terminal_lets_requests_end_and_no_idle_client_holds_it_up(new_server: NewServer):
     server = new_server(RING_SIZE=2, SHUTDOWN_GRACE_S=60)
     server.start(own_group=True)
-    silent = socket.create_connection(("127.0.0.1", server.api_port))
-    with silent, httpx.Client() as idle, open_stream(server) as response:
+    silent, unread = [socket.create_connection(("127.0.0.1", server.api_port)) for _ in range(2)]
+    with silent, unread, httpx.Client() as idle, open_stream(server) as response:
         idle.get(f"{server.url}/v1/models")
+        unread.sendall(request_of_much(server))
         lines = response.iter_lines()
         next(lines)
         assert server.process is not None
@@ -187,6 +195,7 @@ def test_ctrl_c_in_the_server_s_terminal_lets_requests_end_and_no_idle_client_ho
     assert time.monotonic() - ended < 15
     RunningServer.started.remove(server)
     assert "the ring is lost" not in server.log()
+    print(server.log()[-3000:])
 
 
 def test_a_server_can_be_stopped_while_it_starts(new_server: NewServer):
