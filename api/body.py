@@ -40,15 +40,16 @@ async def read_json_body(request: Request, max_bytes: int) -> bytes:
     body = bytearray()
     num_bytes = 0
     chunks = aiter(request.stream())
-    began = asyncio.get_running_loop().time()
+    now = asyncio.get_running_loop().time
+    began = now()
     while True:
         try:
             async with asyncio.timeout_at(began + BODY_TIMEOUT_S + num_bytes / SLOWEST_BYTES_PER_S):
                 chunk = await anext(chunks, None)
         except TimeoutError:
-            seconds = asyncio.get_running_loop().time() - began
+            seconds = now() - began
             raise BodyTimeout(f"Of the request's body only {num_bytes} bytes came within {seconds:.0f} s.") from None
-        if chunk is None or (too_large and asyncio.get_running_loop().time() > began + DISCARD_S):
+        if chunk is None or (too_large and now() > began + DISCARD_S):
             break
         num_bytes += len(chunk)
         body += chunk

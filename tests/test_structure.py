@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from config.settings import RING_FIELDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("config", "distributed", "server", "api")
@@ -64,6 +67,14 @@ def test_the_api_knows_of_the_server_only_its_protocol():
     for path in (ROOT / "api").rglob("*.py"):
         of_server = {name for name in imports_of(path) if name.split(".")[0] == "server"}
         assert of_server <= {"server.protocol"}, f"{path.relative_to(ROOT)} imports {of_server}"
+
+
+def test_no_part_of_the_api_but_the_ring_s_keepers_reads_what_a_new_ring_changes():
+    """The others would go on with what was true when the process began."""
+    for path in (ROOT / "api").rglob("*.py"):
+        if path.parent.name != "cli" and not path.name.startswith(("supervisor", "ring_", "reload")):
+            read = set(re.findall(r"settings\.(\w+)", path.read_text())) & RING_FIELDS
+            assert not read, f"{path.relative_to(ROOT)} reads {read}"
 
 
 @pytest.mark.parametrize("module", WITHOUT_MLX)

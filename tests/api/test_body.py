@@ -57,6 +57,21 @@ def test_a_body_that_stops_coming_is_given_up(monkeypatch: pytest.MonkeyPatch):
         read(b'{"a"', endless=True)
 
 
+def test_a_body_that_trickles_is_given_up_although_bytes_come(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.05)
+    num_sent = 0
+
+    async def receive() -> Any:
+        nonlocal num_sent
+        num_sent += 1
+        await asyncio.sleep(0.005)
+        return {"type": "http.request", "body": b" ", "more_body": num_sent < 1000}
+
+    request = Request({"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}, receive)
+    with pytest.raises(BodyTimeout, match=r"only \d+ bytes"):
+        asyncio.run(read_json_body(request, 10_000))
+
+
 @pytest.mark.parametrize("media_type", ["application/x-www-form-urlencoded", "text/plain", "multipart/form-data; x=y"])
 def test_a_body_that_says_it_is_no_json_is_refused(media_type: str):
     with pytest.raises(UnsupportedMediaType, match="application/json"):
