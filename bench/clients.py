@@ -1,7 +1,8 @@
 """Whether clients that do nothing cost those that do: streams beside idle connections and clients that never read.
 
 A tiny random model over two ranks, so that the api process and not the model sets the pace: what idle connections and
-unread answers cost shows nowhere better. Every round runs each scenario once, one after the other.
+unread answers cost shows nowhere better. The ring works on an unread answer too, so the measure for clients that never
+read is as many that ask the same and read. Every round runs each scenario once, one after the other.
 
     python -m bench.clients
 """
@@ -17,11 +18,12 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
 from api.connections import raise_file_limit
-from bench.client import Answer, Request, Target, ask, new_http, steady_tokens_per_second
+from bench.client import Request, Target, ask, new_http, steady_tokens_per_second
 from bench.environment import heading, table
 from bench.figures import cell, median, milliseconds, percentile
 from tests.running_server import RunningServer
@@ -29,7 +31,15 @@ from tests.tiny_chat_model import CONTEXT, write_tiny_chat_model
 
 MIB = 2**20
 MESSAGES = [{"role": "user", "content": "hello world"}]
-UNREAD_TOKENS = CONTEXT - 100
+LONG_TOKENS = CONTEXT - 100
+
+
+class Scenario(NamedTuple):
+    """What there is beside the streams that are measured."""
+
+    idle: int = 0  # connections
+    reading: int = 0  # clients with a long answer
+    unread: int = 0  # clients with the same answer that take nothing of it
 
 
 @dataclass
@@ -37,7 +47,6 @@ class Measured:
     """Of one scenario, a figure a round."""
 
     rates: list[float] = field(default_factory=list)
-    median_gaps: list[float] = field(default_factory=list)
     longest_gaps: list[float] = field(default_factory=list)
     api_mib: list[float] = field(default_factory=list)
     num_closed: list[int] = field(default_factory=list)
@@ -47,30 +56,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--idle", type=int, default=1000)
-    parser.add_argument("--never-reading", type=int, default=8)
+    parser.add_argument("--long", type=int, default=8, help="clients that ask for a long answer")
     parser.add_argument("--tokens", type=int, default=200, help="of each answer that is read")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     raise_file_limit()
-    scenarios = [(0, 0), (arguments.idle, 0), (0, arguments.never_reading), (arguments.idle, arguments.never_reading)]
+    idle, long = arguments.idle, arguments.long
+    scenarios = [Scenario(), Scenario(idle), Scenario(reading=long), Scenario(unread=long), Scenario(idle, unread=long)]
     measured = {scenario: Measured() for scenario in scenarios}
-    with running(arguments.streams + arguments.never_reading) as server:
-        target = Target(server.url, server.model, banned_token_ids=(0, 1, 2))
+    with running(arguments.streams + long) as server:
         for _ in range(arguments.rounds):
-            for (idle, never_reading), result in measured.items():
-                asyncio.run(run(server, target, arguments.streams, idle, never_reading, arguments.tokens, result))
+            for scenario, result in measured.items():
+                asyncio.run(run(server, scenario, arguments.streams, arguments.tokens, result))
     print(heading(f"{arguments.streams} streams of a tiny model, P = 2, {arguments.rounds} rounds"))
-    print(
-        table(
-            ["idle connections", "never reading", "tokens/s", "gap, ms", "gap p99, ms", "api, MiB", "idle ones closed"],
-            [[str(idle), str(never_reading), *row(result)] for (idle, never_reading), result in measured.items()],
-        )
-    )
+    columns = ["idle connections", "long answers, read", "never read", "tokens/s", "gap p99, ms", "api, MiB", "closed"]
+    print(table(columns, [[*map(str, scenario), *row(result)] for scenario, result in measured.items()]))
 
 
 def row(result: Measured) -> list[str]:
-    gaps = [milliseconds(median(values)) for values in (result.median_gaps, result.longest_gaps)]
-    return [cell(median(result.rates), 0), *gaps, cell(max(result.api_mib), 1), str(max(result.num_closed))]
+    gap = milliseconds(median(result.longest_gaps))
+    return [cell(median(result.rates), 0), gap, cell(median(result.api_mib), 1), str(max(result.num_closed))]
 
 
 @contextlib.contextmanager
@@ -86,21 +91,18 @@ def running(num_requests: int) -> Iterator[RunningServer]:
             server.stop()
 
 
-async def run(
-    server: RunningServer, target: Target, streams: int, idle: int, never_reading: int, tokens: int, result: Measured
-) -> None:
+async def run(server: RunningServer, scenario: Scenario, streams: int, tokens: int, result: Measured) -> None:
     """One round of one scenario."""
     assert server.process is not None
-    async with new_http() as http, idle_connections(server, idle) as connections:
-        with unread_streams(server, never_reading):
-            request = Request(MESSAGES, tokens)
-            answers = await asyncio.gather(*(ask(http, target, request, Answer()) for _ in range(streams)))
+    target = Target(server.url, server.model, banned_token_ids=(0, 1, 2))
+    request = Request(MESSAGES, tokens)
+    async with new_http() as http, idle_connections(server, scenario.idle) as connections:
+        async with long_answers(server, scenario.reading, read=True), long_answers(server, scenario.unread, read=False):
+            answers = await asyncio.gather(*(ask(http, target, request) for _ in range(streams)))
             result.api_mib.append(psutil.Process(server.process.pid).memory_info().rss / MIB)
         result.num_closed.append(sum(reader.at_eof() for reader in connections))
-    gaps = [gap for answer in answers for gap in answer.gaps]
     result.rates.append(steady_tokens_per_second(answers))
-    result.median_gaps.append(median(gaps))
-    result.longest_gaps.append(percentile(gaps, 99))
+    result.longest_gaps.append(percentile([gap for answer in answers for gap in answer.gaps], 99))
 
 
 @contextlib.asynccontextmanager
@@ -119,19 +121,29 @@ async def idle_connections(server: RunningServer, count: int) -> AsyncIterator[l
             writer.close()
 
 
-@contextlib.contextmanager
-def unread_streams(server: RunningServer, count: int) -> Iterator[None]:
-    """Clients that ask for a long stream and take nothing of it."""
-    body = {"model": server.model, "messages": MESSAGES, "max_tokens": UNREAD_TOKENS, "stream": True, "logprobs": True}
+@contextlib.asynccontextmanager
+async def long_answers(server: RunningServer, count: int, *, read: bool) -> AsyncIterator[None]:
+    """Clients that ask for a long stream, and read it or take nothing of it."""
+    body = {"model": server.model, "messages": MESSAGES, "max_tokens": LONG_TOKENS, "stream": True, "logprobs": True}
     content = json.dumps({**body, "top_logprobs": 20, "ignore_eos": True}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    loop = asyncio.get_running_loop()
+
+    async def drain(client: socket.socket) -> None:
+        while await loop.sock_recv(client, 65536):
+            pass
+
     with contextlib.ExitStack() as opened:
-        for _ in range(count):
-            client = opened.enter_context(socket.socket())
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.connect(("127.0.0.1", server.api_port))
-            client.sendall(head + content)
+        clients = [opened.enter_context(socket.socket()) for _ in range(count)]
+        for client in clients:
+            client.setblocking(False)
+            await loop.sock_connect(client, ("127.0.0.1", server.api_port))
+            await loop.sock_sendall(client, head + content)
+        draining = [asyncio.create_task(drain(client)) for client in clients if read]
         yield
+        for task in draining:
+            task.cancel()
+        await asyncio.gather(*draining, return_exceptions=True)
 
 
 if __name__ == "__main__":
