@@ -15,7 +15,7 @@ import psutil
 
 from api import reload
 from api.cli.health import fetch_health
-from api.cli.processes import end_on_workers, find_api, worker_targets_of_last_ring
+from api.cli.processes import find_api, worker_targets_of_last_ring
 from api.cli.progress import Progress
 from api.cli.start import StartFailed, make_dotenv, ready_lines, start, wait_until_ready
 from api.cli.stop import end_everything
@@ -26,6 +26,7 @@ from config.load import export_passthrough
 from distributed.hosts import ring_hosts, worker_targets
 from distributed.launch import instance_id, run_dir
 from distributed.model_files import prepare_model
+from distributed.remnants import end_on_workers
 from distributed.workers import check_workers
 
 
