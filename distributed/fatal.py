@@ -1,4 +1,4 @@
-"""The one way a rank ends when something is wrong: log it, tell the others, flush, `os._exit`.
+"""The one way a rank ends when something is wrong: tell the others, log it, flush, `os._exit`.
 
 A rank must never try to unwind: `sys.exit` with a pending ring recv hangs until the peer dies, and MLX cannot re-join a
 group, so the ring is over as soon as one rank is. It must never hang on its way out either, whatever does not take its
@@ -24,7 +24,6 @@ from distributed.memory import is_allocation_failure
 P = ParamSpec("P")
 EXIT_RING_LOST = 13
 _END_WITHIN_S = 3.0  # from the decision to end; a full pipe or a lock that somebody holds may be in the way
-
 
 Listener = Callable[[LastWords], None]  # is told why this process ends; does its best, and is quick
 
@@ -54,30 +53,26 @@ def die(
     out_of_memory: bool = False,
 ) -> NoReturn:
     """End this process now, with `reason` as the last line of its log; see `LastWords` for what else can be told."""
-    _begin_to_end()
+    _begin_to_end(LastWords(f"{_name}: {reason}", permanent, out_of_memory))
     log = logger.critical if exit_code else logger.info
     log("rank ends: %s", reason, exc_info=exc_info)
-    _say_and_exit(LastWords(f"{_name}: {reason}", permanent, out_of_memory), exit_code)
+    flush_and_exit(exit_code)
 
 
 def die_of_hearing(words: LastWords) -> NoReturn:
     """End this process because another rank has ended, and say so in its words."""
-    _begin_to_end()
+    _begin_to_end(words)
     logger.critical("rank ends, as does %s", words.reason)
-    _say_and_exit(words, EXIT_RING_LOST)
+    flush_and_exit(EXIT_RING_LOST)
 
 
-def _begin_to_end() -> None:
-    """The first caller goes on; others wait here for the end."""
+def _begin_to_end(words: LastWords) -> None:
+    """The first caller goes on; others wait here for the end. The log, which may block, comes after the others."""
     _ending.acquire()
     _end_at_last()
-
-
-def _say_and_exit(words: LastWords, exit_code: int) -> NoReturn:
     for listener in _listeners:
         with contextlib.suppress(Exception):  # nothing that goes wrong here matters any more
             listener(words)
-    flush_and_exit(exit_code)
 
 
 def flush_and_exit(exit_code: int) -> NoReturn:

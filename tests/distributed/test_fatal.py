@@ -50,3 +50,11 @@ def test_a_log_that_nobody_reads_any_more_does_not_keep_it():
 def test_what_blocks_for_ever_is_ended_by_the_kernel():
     ended = run("tell_at_the_end(lambda words: threading.Event().wait())\ndie('broken')")
     assert ended.returncode == -14, "SIGALRM"
+
+
+def test_the_others_are_told_even_where_the_log_blocks():
+    """As where mlx.launch, which reads it, is stopped: the pipe is full."""
+    program = "read, write = os.pipe()\nos.set_blocking(write, False)\n"
+    program += "try:\n    while True: os.write(write, b'x' * 65536)\nexcept BlockingIOError: pass\n"
+    ended = run(program + "os.set_blocking(write, True)\nos.dup2(write, 2)\ndie('broken')")
+    assert ended.returncode == -14 and ended.stdout == "told: rank 2 (here): broken False\n"
