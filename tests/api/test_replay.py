@@ -7,7 +7,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def faulty_rank(tmp_path_factory: pytest.TempPathFactory) -> FaultyRank:
 def server(
     tmp_path_factory: pytest.TempPathFactory, tiny_chat_model: Path, faulty_rank: FaultyRank
 ) -> Iterator[RunningServer]:
-    about = {"MODEL_REPO": str(tiny_chat_model), "RING_SIZE": "2", "PREFIX_CACHE": "false", "STEP_TIMEOUT": "5"}
+    about = {"MODEL_REPO": str(tiny_chat_model), "RING_SIZE": "2", "PREFIX_CACHE": "false", "STEP_TIMEOUT": "4"}
     made = RunningServer(tmp_path_factory.mktemp("server") / "project", {**about, **faulty_rank.environment})
     made.start()
     yield made
@@ -117,12 +117,10 @@ def leaves_of(value: Any) -> Iterator[Any]:
         yield value
 
 
-async def read_all(
-    server: RunningServer, names: Sequence[str], *, amid: Callable[[], None] | None = None
-) -> dict[str, list[Any]]:
-    """What these streams say, all running at once; `amid` is called when each has said something."""
+async def read_all(server: RunningServer, *, amid: Callable[[], None] | None = None) -> dict[str, list[Any]]:
+    """What every stream says, all running at once; `amid` is called when each has said something."""
     async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as http:
-        readers = [Reader(server, http, name) for name in names]
+        readers = [Reader(server, http, name) for name in STREAMS]
         if amid is not None:
             while not all(len(reader.events) >= 10 for reader in readers):
                 await asyncio.sleep(0.001)
@@ -141,19 +139,24 @@ def assert_same(disturbed: dict[str, list[Any]], undisturbed: dict[str, list[Any
         assert [leaf for leaf in disturbed[name] if isinstance(leaf, float)] == pytest.approx(numbers, abs=1e-3), name
 
 
-def test_every_kind_of_stream_goes_on_exactly_when_a_rank_is_killed(server: RunningServer):
+@pytest.fixture(scope="module")
+def undisturbed(server: RunningServer) -> dict[str, list[Any]]:
+    return asyncio.run(read_all(server))
+
+
+def test_every_kind_of_stream_goes_on_exactly_when_a_rank_is_killed(
+    server: RunningServer, undisturbed: dict[str, list[Any]]
+):
     pid = server.health()["ranks"][1]["pid"]
-    undisturbed = asyncio.run(read_all(server, list(STREAMS)))
-    disturbed = asyncio.run(read_all(server, list(STREAMS), amid=lambda: os.kill(pid, signal.SIGKILL)))
-    assert_same(disturbed, undisturbed)
-    assert server.log().count("state: ready -> restarting") == 1
+    num_lost = server.log().count("state: ready -> restarting")
+    assert_same(asyncio.run(read_all(server, amid=lambda: os.kill(pid, signal.SIGKILL))), undisturbed)
+    assert server.log().count("state: ready -> restarting") == num_lost + 1
 
 
-def test_a_ring_that_is_stuck_says_where_and_its_streams_go_on(server: RunningServer, faulty_rank: FaultyRank):
-    names = ["greedy, with logprobs", "two seeded choices"]
-    undisturbed = asyncio.run(read_all(server, names))
-    disturbed = asyncio.run(read_all(server, names, amid=faulty_rank.fail_in_the_next_step))
-    assert_same(disturbed, undisturbed)
+def test_a_ring_that_is_stuck_says_where_and_its_streams_go_on(
+    server: RunningServer, undisturbed: dict[str, list[Any]], faulty_rank: FaultyRank
+):
+    assert_same(asyncio.run(read_all(server, amid=faulty_rank.fail_in_the_next_step)), undisturbed)
     log = server.log()
     for rank in (0, 1):
         assert re.search(rf"rank {rank}/2].*stacks of all threads, because .* completed no step for \d+ s", log)
