@@ -66,9 +66,7 @@ def read_introductions(records: list[bytes]) -> list[Introduction]:
     try:
         return [msgspec.json.decode(record, type=Introduction) for record in records]
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise RingError(
-            f"what came round the ring is not ours, so somebody else called at a ring port: {error}"
-        ) from None
+        raise RingError(f"what came round the ring is not ours, so a stranger called at a ring port: {error}") from None
 
 
 def check_versions(everyone: list[Introduction]) -> None:
