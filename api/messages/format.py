@@ -110,13 +110,14 @@ class MessagesFormat:
 
     def _usage(self, num_tokens: int) -> schema.Usage:
         answer = self._answer
+        num_thinking = answer.reasoning_tokens if num_tokens else 0  # as many as are told, not as have come by now
         return schema.Usage(
             input_tokens=answer.prompt_tokens - answer.cached_tokens,
             cache_creation_input_tokens=0,
             cache_read_input_tokens=answer.cached_tokens,
             cache_creation=schema.CacheCreation(ephemeral_5m_input_tokens=0, ephemeral_1h_input_tokens=0),
             output_tokens=num_tokens,
-            output_tokens_details=schema.OutputTokensDetails(thinking_tokens=answer.reasoning_tokens),
+            output_tokens_details=schema.OutputTokensDetails(thinking_tokens=num_thinking),
             service_tier="standard",
         )
 

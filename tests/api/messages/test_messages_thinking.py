@@ -54,7 +54,10 @@ def test_a_stream_shows_thinking_or_leaves_its_text_out(tmp_path: Path, tiny_cha
                 if not stream:
                     assert (await asking).json()["content"][0]["thinking"] == shown
                     return
-                thought, text = blocks(events((await asking).text))
+                whole_stream = events((await asking).text)
+                usage = whole_stream[0]["message"]["usage"]
+                assert (usage["output_tokens"], usage["output_tokens_details"]["thinking_tokens"]) == (0, 0)
+                thought, text = blocks(whole_stream)
                 assert thought[0]["content_block"] == {"type": "thinking", "thinking": "", "signature": ""}
                 kinds = {"thinking_delta", "signature_delta"} if shown else {"signature_delta"}
                 assert {event["delta"]["type"] for event in thought[1:-1]} == kinds
