@@ -75,6 +75,7 @@ def _chat_prompt(chat: ChatCompletionRequest, tokenizer: ChatTokenizer) -> ChatP
         first=REASONING if tokenizer.is_in_thinking(token_ids) else tokenizer.first_part or CONTENT,
         tool_format=use.tool_format,
         tools=use.offered,
+        only_calls=use.is_required,
         only_one_call=not use.is_parallel,
         content_is_enforced=content is not None,
         continues_text=continues,

@@ -61,6 +61,7 @@ class JsonCallReader(CallReader):
     """For `{"name": …, "arguments": {…}}`. Members in another order are read when the end marker has come."""
 
     _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+    _CUT_AFTER_NAME = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]+)"\s*(,\s*("[a-z]*("\s*(:\s*)?)?)?)?')
     _NO_CALL = re.compile(r"\s*[^\s{\[]")
 
     def __init__(self, tool_format: ToolFormat, tools: Sequence[dict[str, Any]]) -> None:
@@ -75,9 +76,12 @@ class JsonCallReader(CallReader):
         return self._read_on() if self._depth else self._read_head()
 
     def finish(self) -> list[Piece]:
-        if not self._depth:
+        cut = None if self._depth else self._CUT_AFTER_NAME.fullmatch(self._held)
+        if not self._depth and cut is None:
             return self._parse(self._held, "")
         self.rest = ""
+        if cut is not None:
+            return [FoundCall(cut[1], "")]
         return [self._held] if self._held and not self._has_arguments else []
 
     def _read_head(self) -> list[Piece]:

@@ -33,6 +33,7 @@ class OutputFormat:
     first: str = CONTENT  # the part that the answer begins in
     tool_format: ToolFormat | None = None  # of calls; None: there are none
     tools: Sequence[dict[str, Any]] = ()  # the functions, for the format's parser
+    only_calls: bool = False  # by a grammar: other text is the beginning of a call that was cut
     only_one_call: bool = False
     content_is_enforced: bool = False  # by a grammar: once it has begun, it may quote any marker
     continues_text: bool = False  # of the prompt, so a space that it begins with is text
@@ -181,7 +182,7 @@ class OutputParser:
         self._skips_newlines = False
         if self._part == REASONING:
             self._give(ReasoningDelta(text))
-        elif self._part == CONTENT:
+        elif self._part == CONTENT and not self._output.only_calls:
             self._write_content(text)
 
     def _write_content(self, text: str) -> None:

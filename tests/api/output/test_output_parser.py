@@ -143,8 +143,17 @@ def test_a_call_that_is_cut_short_is_given_as_far_as_it_came(qwen: OutputFormat,
     if '"arguments": {' in CALL[:length]:
         assert len(parts) == 1 and parts[0][:2] == ("call", "add")
         assert ADD[2].startswith(parts[0][2])
+    elif '"add"' in CALL[:length]:
+        assert parts == [("call", "add", "")]
     else:
         assert "".join(part[1] for part in parts) == CALL[:length].removeprefix("<tool_call>").lstrip("\n")
+
+
+@pytest.mark.parametrize("length", range(len(CALL)))
+def test_where_calls_are_required_a_cut_one_leaves_no_text(qwen: OutputFormat, length: int):
+    output = replace(qwen, only_calls=True)
+    for pieces in ([CALL[:length]], CALL[:length]):
+        assert all(part[0] == "call" for part in parsed(output, *pieces))
 
 
 @pytest.mark.parametrize(
