@@ -228,6 +228,8 @@ def _type(value: Any, at: str) -> Any:
 def _count(value: Any, at: str) -> int:
     if not _is_number(value) or value < 0 or value != int(value):
         raise SchemaError("this is an integer from 0 on", at)
+    if value > MAX_EXACT:
+        raise UnsupportedKeyword("numbers beyond 2^53 cannot be counted", at)
     return int(value)
 
 

@@ -170,6 +170,7 @@ NESTED = "$.properties.a.anyOf[1].items"
         ("$ref", "#anchor", "$ref"),
         ("const", 2**60, "const"),
         ("enum", [1, [2**53 + 2]], "enum"),
+        ("minLength", 2**64, "minLength"),
         ("multipleOf", 123456789, "multipleOf"),
         ("oneOf", [{"type": "integer"}, {"minimum": 3}], "oneOf"),
         ("patternProperties", {"^a": {}, "a": {}}, "patternProperties"),
