@@ -110,7 +110,8 @@ def _as_api_error(body: dict[str, Any], finding: ErrorDetails) -> ApiError:
         return InvalidRequest(message, param=name, code="invalid_type")
     if kind in _BOUNDS:
         code, words, bound = _BOUNDS[kind]
-        number = "integer" if isinstance(value, int) and isinstance(context[bound], int) else "decimal"
+        # A query's value is text: there the bound alone says of what kind the field is.
+        number = "decimal" if isinstance(value, float) or isinstance(context[bound], float) else "integer"
         message = f"Invalid '{name}': {number} {words} {context[bound]}, but got {_short(value)} instead."
         return InvalidRequest(message, param=name, code=f"{number}_{code}")
     if kind in ("too_short", "too_long", "string_too_short", "string_too_long"):

@@ -8,6 +8,7 @@ import pytest
 from api import validation
 from api.errors import ApiError, InvalidRequest, UnknownParameter, UnsupportedParameter, error_object
 from api.schemas.chat import AssistantMessage, ChatCompletionRequest
+from api.schemas.responses import InputItemsQuery
 from api.validation import parse_request, validate
 
 USER = {"role": "user", "content": "hi"}
@@ -162,6 +163,12 @@ def test_a_wrong_value_is_a_400_that_names_its_field(fields: dict[str, Any], cod
     assert error["param"] == param
     assert param in error["message"]
     assert error["code"] == (code or "unsupported_parameter")
+
+
+def test_a_number_in_a_query_is_an_integer_where_its_field_is_one():
+    with pytest.raises(InvalidRequest) as raised:
+        validate(InputItemsQuery, {"limit": "0"}, "reject")
+    assert raised.value.code == "integer_below_min_value"
 
 
 def test_a_missing_field_is_named():
