@@ -25,8 +25,9 @@ from bench.environment import heading, table
 from bench.figures import cell, median
 from distributed.builtin_model import FLOAT32
 from distributed.model_files import prepare_model
-from tests.faults.rounds import KILL, LAUNCHER, STOP, Bodies, Fault, Round, run_round
-from tests.faults.streams import Stream, read_all, requests
+from tests.faults.kinds import KILL, LAUNCHER, STOP, Fault, killed_twice, signalled
+from tests.faults.rounds import Round, run_round
+from tests.faults.streams import Bodies, Stream, read_all, requests
 from tests.running_server import PROJECT, RunningServer
 from tests.tiny_chat_model import write_tiny_chat_model
 
@@ -62,8 +63,8 @@ def main() -> int:
 def deck(num_rounds: int, rng: random.Random) -> Iterator[Fault]:
     """All kinds about equally often, in an order that is drawn."""
     while num_rounds > 0:
-        faults = [Fault(blow, victim) for blow in (KILL, STOP) for victim in VICTIMS]
-        faults += [Fault(KILL, victim, again=True) for victim in rng.sample(VICTIMS, 2)]
+        faults = [signalled(blow, victim) for blow in (KILL, STOP) for victim in VICTIMS]
+        faults += [killed_twice(victim) for victim in rng.sample(VICTIMS, 2)]
         rng.shuffle(faults)
         yield from faults[:num_rounds]
         num_rounds -= len(faults)

@@ -1,7 +1,7 @@
 """Eight streams of different kinds, as clients read them: what each of them said, and when its pieces came.
 
-What must be the same whatever happens to the ring is in `Said`, so two runs of a request compare by `==`. It knows of no
-fault. Used by the rounds of `tests.faults`, and through them by `bench.faults`.
+What must be the same whatever happens to the ring is in `Said`, so two runs of a request compare by `==`. It knows of
+no fault. Used by the rounds of `tests.faults`, and through them by `bench.faults`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+
+Bodies = Mapping[str, dict[str, Any]]  # of requests, by their names
 
 SILENT_S = 240.0  # without a byte: longer than any restart, so the stream was forgotten
 
@@ -56,7 +58,7 @@ def _schema(name: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": name, "schema": schema, "strict": True}}
 
 
-def requests(model: str, *, tokens: int = 100) -> dict[str, dict[str, Any]]:
+def requests(model: str, *, tokens: int = 100) -> Bodies:
     """The bodies of the eight, by name. Their answers have up to two times `tokens`, each another number."""
     tools = [_tool("report", _STATION), _tool("travel", _ROUTE)]
     long_text = " ".join(f"{number} foxes jump over the lazy dog." for number in range(40))
@@ -199,9 +201,7 @@ def new_http() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=httpx.Timeout(SILENT_S), limits=limits)
 
 
-async def read_all(
-    url: str, bodies: dict[str, dict[str, Any]], on_piece: OnPiece = lambda stream: None
-) -> Sequence[Stream]:
+async def read_all(url: str, bodies: Bodies, on_piece: OnPiece = lambda stream: None) -> Sequence[Stream]:
     """All at once, to their ends."""
     streams = [Stream(name) for name in bodies]
     async with new_http() as http:

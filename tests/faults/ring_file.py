@@ -1,7 +1,8 @@
 """A server's ring as its folder tells it: the processes of the ring that runs, and how long each ring took to start.
 
-`.run/ring.json` is written when a ring is launched and again when it serves, so the moments of its changes are those of the
-ring. It only looks. Used by the rounds of `tests.faults`, for victims and for the start-up that a pause is held against.
+`.run/ring.json` is written when a ring is launched and again when it serves, so the moments of its changes are those of
+the ring. It only looks. Used by the rounds of `tests.faults`, for victims and for the start-up that a pause is held
+against.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,7 @@ class Ring:
         return bool(self.rank_pids)
 
 
-class RingWatch:
+class RingFile:
     """`rings` are all states seen, from the one at the beginning on."""
 
     def __init__(self, root: Path) -> None:
@@ -58,9 +60,9 @@ class RingWatch:
             self.look()
             await asyncio.sleep(LOOK_S)
 
-    async def until_launched(self, other_than: int) -> Ring:
-        """The first ring whose launcher is another one."""
-        while self.now.launcher_pid == other_than:
+    async def until(self, holds: Callable[[Ring], bool]) -> Ring:
+        """The first ring for which `holds`; `run` must run meanwhile."""
+        while not holds(self.now):
             await asyncio.sleep(LOOK_S)
         return self.now
 

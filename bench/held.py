@@ -1,0 +1,67 @@
+"""What a running server holds: resident memory, MLX's memory, KV cache, open files, by process.
+
+It reads /health, /metrics and the process table, and compares nothing. Used by `bench.soak`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import httpx
+import psutil
+
+from tests.running_server import RunningServer
+
+LOOK_S = 0.5
+QUIET_S = 30.0  # after the last client, until nothing may run any more: the ring reports once a second
+
+
+@dataclass(frozen=True)
+class Idle:
+    """What a server that nobody asks holds, by process. Bytes are without the prefix cache's."""
+
+    requests: int
+    kv_tokens: int  # set aside for requests
+    num_prefixes: int  # entries of the prefix cache
+    kv_bytes: dict[str, int]
+    memory_bytes: dict[str, int]  # MLX's active memory
+    num_fds: dict[str, int]
+
+    @property
+    def is_quiet(self) -> bool:
+        return not self.requests and not self.kv_tokens and not any(self.kv_bytes.values())
+
+
+def idle(server: RunningServer) -> Idle:
+    """When nothing runs any more; what is held even QUIET_S later is in it."""
+    deadline = time.monotonic() + QUIET_S
+    while not (held := _look(server)).is_quiet and time.monotonic() < deadline:
+        time.sleep(LOOK_S)
+    return held
+
+
+def _look(server: RunningServer) -> Idle:
+    health = server.health()
+    ranks = {f"rank {rank['rank']}": rank for rank in health["ranks"]}
+    return Idle(
+        requests=sum(health["requests"].values()),
+        kv_tokens=int(metric(server, "kv_cache_tokens")),
+        num_prefixes=health["prefix_cache"]["entries"],
+        kv_bytes={name: rank["kv_cache_bytes"] - rank["prefix_cache_bytes"] for name, rank in ranks.items()},
+        memory_bytes={name: rank["memory_bytes"] - rank["prefix_cache_bytes"] for name, rank in ranks.items()},
+        num_fds={name: process.num_fds() for name, process in processes(server).items()},
+    )
+
+
+def processes(server: RunningServer) -> dict[str, psutil.Process]:
+    """The api process and the ranks."""
+    assert server.process is not None
+    ranks = {f"rank {rank['rank']}": rank["pid"] for rank in server.health()["ranks"]}
+    return {name: psutil.Process(pid) for name, pid in ({"api": server.process.pid} | ranks).items()}
+
+
+def metric(server: RunningServer, name: str) -> float:
+    """The one sample of this name in /metrics."""
+    lines = httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith(f"mlx_ring_{name} "))
