@@ -17,47 +17,69 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from bench.api_deaths import api_deaths
 from bench.contestants import end_in_order
 from bench.environment import heading, table
-from bench.figures import cell, median
+from bench.fault_links import links
+from bench.figures import NONE, cell, median
 from distributed.builtin_model import FLOAT32
 from distributed.model_files import prepare_model
-from tests.faults.kinds import KILL, LAUNCHER, STOP, Fault, killed_twice, signalled
+from tests.faults.kinds import KILL, LAUNCHER, STOP, Fault, Server, killed_twice, signalled
 from tests.faults.rounds import Round, run_round
 from tests.faults.streams import Bodies, Stream, read_all, requests
+from tests.multihost.namespaces import why_not
 from tests.running_server import PROJECT, RunningServer
 from tests.tiny_chat_model import write_tiny_chat_model
 
+MODEL = "model"
 RANKS = 3
 VICTIMS = [*(f"rank {rank}" for rank in range(RANKS)), LAUNCHER]
-TINY_SHARE = 0.7  # of the rounds
-AIMS_S = {"SIGKILL": 2.0, "SIGSTOP": 7.0}  # beyond the start of a ring
-SETTINGS = {"MODEL_NAME": "model", "RING_SIZE": RANKS, "SHUTDOWN_GRACE_S": 1, "PREFILL_CHUNK_TOKENS": 64}
+KINDS = ["signals", "links", "api"]
+TINY_SHARE = 0.7  # of the rounds with signals
+FEW_ROUNDS = 4  # of each other kind
+AIMS_S = {"SIGKILL": 2.0, "SIGSTOP": 7.0, "link cut": 7.0}  # beyond the start of a ring
+SETTINGS = {"MODEL_NAME": MODEL, "SHUTDOWN_GRACE_S": 1, "PREFILL_CHUNK_TOKENS": 64}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--model", choices=["both", "tiny", "float32"], default="both")
+    parser.add_argument("--kinds", choices=KINDS, nargs="+", default=KINDS)
+    parser.add_argument("--rounds", type=int, default=100, help="with signals")
+    parser.add_argument("--model", choices=["both", "tiny", "float32"], default="both", help="for signals")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn: order, moments, second victims")
-    parser.add_argument("--quick", action="store_true", help="a minute or two, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="two minutes, to see that it works")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.rounds, arguments.model = 5, "tiny"
+        arguments.rounds, arguments.model, arguments.kinds = 5, "tiny", ["signals"]
     num_tiny = {"both": round(TINY_SHARE * arguments.rounds), "tiny": arguments.rounds, "float32": 0}[arguments.model]
     end_in_order()
-    print(heading(f"Faults, {RANKS} ranks, 8 streams"), flush=True)
+    print(heading(f"Faults, {RANKS} ranks, 8 streams") + "\nTimes in s.", flush=True)
     rng = random.Random(arguments.seed)
     is_sound = True
-    for name, num_rounds in (("tiny", num_tiny), ("float32", arguments.rounds - num_tiny)):
-        if num_rounds:
-            rounds = run(name, num_rounds, rng)
-            print(f"\n**{name} model**, {num_rounds} rounds; times in s\n\n{report(rounds)}", flush=True)
-            is_sound &= all(each.is_sound for each in rounds)
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        scratch = Path(folder)
+        tiny = write_tiny_chat_model(scratch / "tiny")
+        if "signals" in arguments.kinds and num_tiny:
+            is_sound &= show("tiny model", with_signals(tiny, 100, num_tiny, scratch / "tiny-ring", rng))
+        if "signals" in arguments.kinds and (num_others := arguments.rounds - num_tiny):
+            model = prepare_model(FLOAT32, PROJECT)
+            is_sound &= show("float32 model", with_signals(model, 50, num_others, scratch / "float32-ring", rng))
+        if "links" in arguments.kinds:
+            if reason := why_not():
+                print(f"\nNo links were cut: it {reason}.")
+            else:
+                is_sound &= show("tiny model, three hosts", with_links(tiny, FEW_ROUNDS, scratch, rng))
+        if "api" in arguments.kinds:
+            text, ended = api_deaths(new_server(tiny, scratch / "deaths"), FEW_ROUNDS)
+            print(f"\n**tiny model, the api process is killed**\n\n{text}", flush=True)
+            is_sound &= ended
     return 0 if is_sound else 1
+
+
+# -- rounds ----------------------------------------------------------------------------------------------------------
 
 
 def deck(num_rounds: int, rng: random.Random) -> Iterator[Fault]:
@@ -70,25 +92,35 @@ def deck(num_rounds: int, rng: random.Random) -> Iterator[Fault]:
         num_rounds -= len(faults)
 
 
-def run(name: str, num_rounds: int, rng: random.Random) -> list[Round]:
-    with contextlib.ExitStack() as cleanup:
-        scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="faults-")))
-        tiny = name == "tiny"
-        folder = write_tiny_chat_model(scratch / "tiny") if tiny else prepare_model(FLOAT32, PROJECT)
-        keys = {**SETTINGS, "MODEL_REPO": folder, "KV_CACHE_RESERVED_MEMORY_MB": 64 if tiny else 256}
-        server = RunningServer(scratch / "server", {key: str(value) for key, value in keys.items()})
-        server.start()
+def new_server(model: Path, root: Path) -> RunningServer:
+    keys = {**SETTINGS, "MODEL_REPO": model, "RING_SIZE": RANKS, "KV_CACHE_RESERVED_MEMORY_MB": 256}
+    return RunningServer(root, {key: str(value) for key, value in keys.items()})
+
+
+def with_signals(model: Path, tokens: int, num_rounds: int, root: Path, rng: random.Random) -> list[Round]:
+    server = new_server(model, root)
+    server.start()
+    with contextlib.closing(contextlib.ExitStack()) as cleanup:
         cleanup.callback(server.stop)
-        bodies = requests(server.model, tokens=100 if tiny else 50)
-        undisturbed = calm(server, bodies)
-        rounds: list[Round] = []
-        for number, fault in enumerate(deck(num_rounds, rng), 1):
-            rounds.append(asyncio.run(run_round(server, bodies, undisturbed, fault, rng)))
-            note(name, number, rounds[-1], server)
-        return rounds
+        return run(server, requests(MODEL, tokens=tokens), deck(num_rounds, rng), rng)
 
 
-def calm(server: RunningServer, bodies: Bodies) -> Sequence[Stream]:
+def with_links(model: Path, num_rounds: int, scratch: Path, rng: random.Random) -> list[Round]:
+    with links(scratch, model, **SETTINGS) as linked:
+        faults = (linked.faults[number % len(linked.faults)] for number in range(num_rounds))
+        return run(linked.server, requests(MODEL), faults, rng)
+
+
+def run(server: Server, bodies: Bodies, faults: Iterable[Fault], rng: random.Random) -> list[Round]:
+    undisturbed = calm(server, bodies)
+    rounds: list[Round] = []
+    for number, fault in enumerate(faults, 1):
+        rounds.append(asyncio.run(run_round(server, bodies, undisturbed, fault, rng)))
+        note(number, rounds[-1], server)
+    return rounds
+
+
+def calm(server: Server, bodies: Bodies) -> Sequence[Stream]:
     """The streams without a fault, twice: what differs by itself shows nothing."""
     first, second = (asyncio.run(read_all(server.url, bodies)) for _ in range(2))
     for one, other in zip(first, second, strict=True):
@@ -97,10 +129,13 @@ def calm(server: RunningServer, bodies: Bodies) -> Sequence[Stream]:
     return first
 
 
-def note(name: str, number: int, done: Round, server: RunningServer) -> None:
+# -- what is said of them --------------------------------------------------------------------------------------------
+
+
+def note(number: int, done: Round, server: Server) -> None:
     """A line to stderr; where streams differ, all about it."""
     print(
-        f"{name} {number}: {done.fault} of {done.victim} at {done.moment}: "
+        f"{number}: {done.fault}, {done.victim}, at {done.moment}: "
         f"{done.num_streams - len(done.differences)} of {done.num_streams} equal, "
         f"longest pause {max(done.pauses, default=0):.1f} s, start-up {done.start_up_s or 0:.1f} s",
         file=sys.stderr,
@@ -109,17 +144,19 @@ def note(name: str, number: int, done: Round, server: RunningServer) -> None:
     if not done.is_sound:
         print("\n".join([*done.differences, *(f"left over: {process}" for process in done.left_over)]), file=sys.stderr)
         kept = Path(tempfile.mkdtemp(prefix="faults-log-"))
-        for log in [*server.root.glob("server.log*"), server.root / "output.txt"]:
+        for log in [*server.root.glob("server.log*"), *server.root.glob("output.txt")]:
             shutil.copy(log, kept)
         print(f"the server's log is in {kept}", file=sys.stderr, flush=True)
 
 
-def report(rounds: Sequence[Round]) -> str:
+def show(title: str, rounds: Sequence[Round]) -> bool:
+    """Prints the table; whether all is well."""
     columns = ["fault", "victim", "rounds", "streams equal", "start-up", "pause p50", "worst"]
     columns += ["pause − start-up p50", "worst", "aim"]
-    kinds = dict.fromkeys((each.fault, each.victim) for each in rounds)
+    kinds = sorted({(each.fault, each.victim) for each in rounds})
     rows = [row(kind, victim, [r for r in rounds if (r.fault, r.victim) == (kind, victim)]) for kind, victim in kinds]
-    return table(columns, sorted(rows))
+    print(f"\n**{title}**, {len(rounds)} rounds\n\n{table(columns, rows)}", flush=True)
+    return all(each.is_sound for each in rounds)
 
 
 def row(fault: str, victim: str, rounds: Sequence[Round]) -> list[str]:
@@ -138,7 +175,7 @@ def row(fault: str, victim: str, rounds: Sequence[Round]) -> list[str]:
         cell(max(pauses, default=float("nan")), 1),
         cell(median(beyond), 1),
         cell(max(beyond, default=float("nan")), 1),
-        cell(AIMS_S.get(fault, float("nan")) if beyond else float("nan"), 0),
+        f"{AIMS_S[fault]:.0f}" if beyond and fault in AIMS_S else NONE,
     ]
 
 

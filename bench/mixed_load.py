@@ -21,6 +21,7 @@ from tests.faults.streams import new_http
 LEAVING = 0.35  # of the clients
 MOST_PATIENT_S = 0.6  # of those who leave without having seen a token
 MOST_PIECES = 40  # of those who leave in the middle
+NUM_QUESTIONS = 500  # the tokenizers library remembers up to 10,000 words, so new ones would look like a leak
 NUM_TOPICS = 6  # long prompts with a beginning of their own, which several share
 
 _FORM: Any = {
@@ -82,7 +83,7 @@ class MixedLoad:
             (self.answered if stayed else self.left)[kind] += 1
 
     def _body(self, kind: str) -> dict[str, Any]:
-        words = f"Question {self.rng.randrange(10**6)}."
+        words = f"Question {self.rng.randrange(NUM_QUESTIONS)}."
         if kind == "long prompt":
             words = f"Topic {self.rng.randrange(NUM_TOPICS)}: " + "the quick brown fox jumps. " * 50 + words
         return {"model": self.model, "messages": [{"role": "user", "content": words}], **KINDS[kind]}

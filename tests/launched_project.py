@@ -45,6 +45,10 @@ class LaunchedProject:
     def instance(self) -> str:
         return instance_id(self.root)
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.keys['API_PORT']}"
+
     def write_dotenv(self, **keys: object) -> None:
         """Set these keys in .env and keep the others."""
         self.keys.update(keys)

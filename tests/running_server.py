@@ -99,6 +99,13 @@ class RunningServer:
                 RunningServer.started.remove(self)
         return code
 
+    def kill(self) -> None:
+        """SIGKILL to the api process, as a crash would end it; its ring must end by itself."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+        RunningServer.started.remove(self)
+
     def close_clients(self) -> None:
         for client in self._clients.values():
             client.close()

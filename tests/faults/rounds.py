@@ -141,12 +141,14 @@ async def _when_accepted(scene: Scene, count: int, strike: Callable[[], None]) -
 
 
 def _left_over(root: Path, ring: Ring) -> list[str]:
-    """Processes of this folder's rings that are neither the launcher that runs nor below it."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        launcher = psutil.Process(ring.launcher_pid)
-        known = {process.pid for process in [launcher, *launcher.children(recursive=True)]}
-        return [str(process) for process in ring_processes(instance_id(root)) if process.pid not in known]
-    return [f"the launcher {ring.launcher_pid} has ended"]
+    """Processes of this folder's rings that do not belong to the one that serves."""
+    try:
+        launcher, *ranks = (psutil.Process(pid) for pid in (ring.launcher_pid, *ring.rank_pids))
+        known = [launcher, *launcher.children(recursive=True)]
+        known += [process for rank in ranks for process in (rank, *rank.parents())]  # over ssh they are sshd's children
+    except psutil.NoSuchProcess as error:
+        return [f"{error} of the ring that serves"]
+    return [str(process) for process in ring_processes(instance_id(root)) if process not in known]
 
 
 @contextlib.asynccontextmanager
