@@ -117,18 +117,13 @@ class Said:
     def difference(self, other: Said) -> str:
         """Where they differ first, for people; empty where they do not."""
         for name, mine in vars(self).items():
-            theirs = getattr(other, name)
-            if mine != theirs:
-                start = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), None) if _is_long(mine) else 0
-                start = min(len(mine), len(theirs)) if start is None else start
-                if isinstance(mine, str):
-                    return f"{name} from character {start}: {mine[start:][:80]!r} and not {theirs[start:][:80]!r}"
-                return f"{name}: {mine!r} and not {theirs!r}"
+            its = getattr(other, name)
+            if isinstance(mine, str) and mine != its:
+                start = next((i for i, (a, b) in enumerate(zip(mine, its)) if a != b), min(len(mine), len(its)))
+                return f"{name} from character {start} on: {mine[start:][:80]!r} and not {its[start:][:80]!r}"
+            if mine != its:
+                return f"{name}: {mine!r} and not {its!r}"
         return ""
-
-
-def _is_long(value: object) -> bool:
-    return isinstance(value, (str, list))
 
 
 @dataclass
