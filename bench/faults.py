@@ -27,9 +27,10 @@ from bench.fault_links import links
 from bench.figures import NONE, cell, median
 from distributed.builtin_model import FLOAT32
 from distributed.model_files import prepare_model
-from tests.faults.kinds import KILL, LAUNCHER, STOP, Fault, Server, killed_twice, signalled
+from tests.faults.kinds import KILL, LAUNCHER, STOP, Fault, Server, killed_twice, signalled, wedged
 from tests.faults.rounds import Round, run_round
 from tests.faults.streams import Bodies, Stream, read_all, requests
+from tests.faulty_ranks import FaultyRank
 from tests.multihost.namespaces import why_not
 from tests.running_server import PROJECT, RunningServer
 from tests.tiny_chat_model import write_tiny_chat_model
@@ -37,10 +38,11 @@ from tests.tiny_chat_model import write_tiny_chat_model
 MODEL = "model"
 RANKS = 3
 VICTIMS = [*(f"rank {rank}" for rank in range(RANKS)), LAUNCHER]
-KINDS = ["signals", "links", "api"]
+KINDS = ["signals", "links", "wedges", "api"]
 TINY_SHARE = 0.7  # of the rounds with signals
-FEW_ROUNDS = 4  # of each other kind
-AIMS_S = {"SIGKILL": 2.0, "SIGSTOP": 7.0, "link cut": 7.0}  # beyond the start of a ring
+FEW_ROUNDS = 4  # of each other kind; of wedges in each rank
+STEP_TIMEOUT_S = 5  # of the server whose ranks get stuck
+AIMS_S = {"SIGKILL": 2.0, "SIGSTOP": 7.0, "link cut": 7.0, "wedge": STEP_TIMEOUT_S}  # beyond the start of a ring
 SETTINGS = {"MODEL_NAME": MODEL, "SHUTDOWN_GRACE_S": 1, "PREFILL_CHUNK_TOKENS": 64}
 
 
@@ -72,6 +74,8 @@ def main() -> int:
                 print(f"\nNo links were cut: it {reason}.")
             else:
                 is_sound &= show("tiny model, three hosts", with_links(tiny, FEW_ROUNDS, scratch, rng))
+        if "wedges" in arguments.kinds:
+            is_sound &= show("tiny model, a rank gets stuck", with_wedges(tiny, FEW_ROUNDS, scratch, rng))
         if "api" in arguments.kinds:
             text, ended = api_deaths(new_server(tiny, scratch / "deaths"), FEW_ROUNDS)
             print(f"\n**tiny model, the api process is killed**\n\n{text}", flush=True)
@@ -92,16 +96,22 @@ def deck(num_rounds: int, rng: random.Random) -> Iterator[Fault]:
         num_rounds -= len(faults)
 
 
-def new_server(model: Path, root: Path) -> RunningServer:
-    keys = {**SETTINGS, "MODEL_REPO": model, "RING_SIZE": RANKS, "KV_CACHE_RESERVED_MEMORY_MB": 256}
-    return RunningServer(root, {key: str(value) for key, value in keys.items()})
+def new_server(model: Path, root: Path, **keys: str) -> RunningServer:
+    settings = {**SETTINGS, "MODEL_REPO": model, "RING_SIZE": RANKS, "KV_CACHE_RESERVED_MEMORY_MB": 256}
+    return RunningServer(root, {key: str(value) for key, value in settings.items()} | keys)
+
+
+@contextlib.contextmanager
+def running(server: RunningServer) -> Iterator[RunningServer]:
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 def with_signals(model: Path, tokens: int, num_rounds: int, root: Path, rng: random.Random) -> list[Round]:
-    server = new_server(model, root)
-    server.start()
-    with contextlib.closing(contextlib.ExitStack()) as cleanup:
-        cleanup.callback(server.stop)
+    with running(new_server(model, root)) as server:
         return run(server, requests(MODEL, tokens=tokens), deck(num_rounds, rng), rng)
 
 
@@ -109,6 +119,18 @@ def with_links(model: Path, num_rounds: int, scratch: Path, rng: random.Random) 
     with links(scratch, model, **SETTINGS) as linked:
         faults = (linked.faults[number % len(linked.faults)] for number in range(num_rounds))
         return run(linked.server, requests(MODEL), faults, rng)
+
+
+def with_wedges(model: Path, num_rounds: int, scratch: Path, rng: random.Random) -> list[Round]:
+    """In each rank in turn; a rank is given its fault when it starts, so each has a server of its own."""
+    rounds: list[Round] = []
+    for rank in range(RANKS):
+        faulty = FaultyRank("wedge", rank, scratch / f"rank {rank} is stuck")
+        keys = faulty.environment | {"STEP_TIMEOUT": str(STEP_TIMEOUT_S)}
+        faults = [wedged(faulty, f"rank {rank}")] * num_rounds
+        with running(new_server(model, scratch / f"stuck-{rank}", **keys)) as server:
+            rounds += run(server, requests(MODEL), faults, rng)
+    return rounds
 
 
 def run(server: Server, bodies: Bodies, faults: Iterable[Fault], rng: random.Random) -> list[Round]:

@@ -49,6 +49,10 @@ class LaunchedProject:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.keys['API_PORT']}"
 
+    @property
+    def model(self) -> str:
+        return str(self.keys["MODEL_NAME"])
+
     def write_dotenv(self, **keys: object) -> None:
         """Set these keys in .env and keep the others."""
         self.keys.update(keys)

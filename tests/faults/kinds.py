@@ -22,6 +22,7 @@ import psutil
 from api.processes import ring_processes
 from distributed.launch import instance_id
 from tests.faults.ring_file import LOOK_S, Ring, RingFile
+from tests.faulty_ranks import FaultyRank
 from tests.multihost.namespaces import Host
 
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
@@ -36,6 +37,8 @@ class Server(Protocol):
     def root(self) -> Path: ...
     @property
     def url(self) -> str: ...
+    @property
+    def model(self) -> str: ...
 
 
 @dataclass
@@ -109,3 +112,15 @@ def unplugged(host: Host, victim: str) -> Fault:
             host.mend()
 
     return Fault("link cut", victim, lambda ring: host.cut(), follow=mend)
+
+
+def wedged(faulty: FaultyRank, victim: str) -> Fault:
+    """The compute thread of a rank is stuck for ever. The ring must have been started with `faulty`."""
+
+    async def ask_for_a_step(scene: Scene) -> None:
+        """There may be none left of the streams. It must be answered all the same."""
+        body = {"model": scene.server.model, "prompt": "more", "max_tokens": 1}
+        answer = await scene.http.post(f"{scene.server.url}/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+
+    return Fault("wedge", victim, lambda ring: faulty.fail_in_the_next_step(), follow=ask_for_a_step)
