@@ -91,20 +91,14 @@ def soak(server: RunningServer, seconds: float, seed: int = 0) -> Soak:
     load = MixedLoad(server.url, server.model, random.Random(seed))
     seen = Soak(load)
     seen.resident.append(_loaded(server, load, seconds / PARTS))
-    _answers(server)
     seen.warm = idle(server)
     seen.resident += [_loaded(server, load, seconds / PARTS) for _ in range(PARTS - 1)]
-    seen.answers_still = _answers(server)
     seen.end = idle(server)
     seen.num_preemptions = int(metric(server, "num_preemptions_total"))
     seen.num_cached_tokens = int(metric(server, "prompt_tokens_cached_total"))
-    return seen
-
-
-def _answers(server: RunningServer) -> bool:
-    """Ask the same before each look: until its next frame a rank holds the tensors of the last one."""
     body = {"model": server.model, "messages": [{"role": "user", "content": "And now?"}], "max_tokens": 3}
-    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+    seen.answers_still = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+    return seen
 
 
 def _loaded(server: RunningServer, load: MixedLoad, seconds: float) -> dict[str, float]:
