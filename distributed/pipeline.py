@@ -206,18 +206,21 @@ class Pipeline:
 
     def _send_forever(self, right: Connection) -> None:
         while True:
-            header, arrays = self._outbox.get()
-            self._credits.acquire()
-            began = time.perf_counter()
-            envelope = Envelope(header, [tensor_spec(array) for array in arrays])
-            if 0 < sum(array.nbytes for array in arrays) <= _SENT_AHEAD_BYTES:
+            # In a function of its own, so that no frame's tensors are kept while there is nothing to send.
+            self._send_frame(right, *self._outbox.get())
+
+    def _send_frame(self, right: Connection, header: bytes, arrays: Sequence[mx.array]) -> None:
+        self._credits.acquire()
+        began = time.perf_counter()
+        envelope = Envelope(header, [tensor_spec(array) for array in arrays])
+        if 0 < sum(array.nbytes for array in arrays) <= _SENT_AHEAD_BYTES:
+            self.ring.send(arrays)
+            right.send(envelope)
+        else:
+            right.send(envelope)
+            if arrays:
                 self.ring.send(arrays)
-                right.send(envelope)
-            else:
-                right.send(envelope)
-                if arrays:
-                    self.ring.send(arrays)
-            self.sending_s += time.perf_counter() - began
+        self.sending_s += time.perf_counter() - began
 
     def _beat_forever(self) -> None:
         while not self._is_closing.is_set():

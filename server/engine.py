@@ -84,9 +84,7 @@ class Engine:
     def run(self) -> NoReturn:
         inbox: queue.SimpleQueue[Any] = self._pipeline.inbox
         while True:
-            event = inbox.get()
-            self._clock.waited(is_bubble=self._scheduler.num_frames_in_flight > 0)
-            self._handle(event)
+            self._wait(inbox)
             self._drain(inbox)
             while (step := self._scheduler.schedule()) is not None:
                 self._note_stats()
@@ -95,6 +93,12 @@ class Engine:
             if not self._scheduler.num_frames_in_flight:
                 self._counted_at = 0.0  # what it is now will stay so
             self._note_stats()
+
+    def _wait(self, inbox: queue.SimpleQueue[Any]) -> None:
+        """Not in `run` itself: there the event, with a frame's tensors, would be kept until the next one comes."""
+        event = inbox.get()
+        self._clock.waited(is_bubble=self._scheduler.num_frames_in_flight > 0)
+        self._handle(event)
 
     def _drain(self, inbox: queue.SimpleQueue[Any]) -> None:
         """What came meanwhile may change what should run next."""

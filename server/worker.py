@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from distributed.pipeline import Pipeline
+from distributed.pipeline import Arrival, Pipeline
 from server.counters import StageClock
 from server.errors import DisagreementError
 from server.frame import StepHeader, decode_header, encode_header
@@ -20,12 +20,16 @@ def run_worker(stage: Stage, pipeline: Pipeline, clock: StageClock) -> NoReturn:
         DisagreementError: a frame does not fit this rank's state; the ring has to start again.
     """
     while True:
-        arrival = pipeline.inbox.get()
-        pipeline.acknowledge()
-        header = decode_header(arrival.header)
-        if not isinstance(header, StepHeader):
-            raise DisagreementError(f"a worker got a {type(header).__name__}")
-        clock.waited(is_bubble=not header.frame.after_idle)
-        outgoing, arrays = stage.run(header, arrival.arrays)
-        pipeline.send(encode_header(outgoing), arrays)
-        clock.computed(header.frame)
+        # In a function of its own, so that a rank that waits holds no tensor of its last frame.
+        _serve(pipeline.inbox.get(), stage, pipeline, clock)
+
+
+def _serve(arrival: Arrival, stage: Stage, pipeline: Pipeline, clock: StageClock) -> None:
+    pipeline.acknowledge()
+    header = decode_header(arrival.header)
+    if not isinstance(header, StepHeader):
+        raise DisagreementError(f"a worker got a {type(header).__name__}")
+    clock.waited(is_bubble=not header.frame.after_idle)
+    outgoing, arrays = stage.run(header, arrival.arrays)
+    pipeline.send(encode_header(outgoing), arrays)
+    clock.computed(header.frame)
