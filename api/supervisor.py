@@ -85,7 +85,7 @@ class Supervisor:
         """The ranks of the ring that serves, as last heard; none where no ring serves."""
         if self._engine.serving_since is None or self._engine.ready is None:
             return []
-        return (self._engine.stats and self._engine.stats.ranks) or self._engine.ready.ranks
+        return self._engine.stats.ranks if self._engine.stats else self._engine.ready.ranks
 
     # -- the ring's life ---------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from server.api_link import ApiLink
 from server.counters import StageClock
 from server.frame import ResultHeader, StepHeader, decode_header, encode_header
 from server.kv_budget import MIB
-from server.protocol import Cancel, SchedulerCounters, SequenceOutput, Stats, StepOutput, Submit
+from server.protocol import Cancel, RankInfo, SchedulerCounters, SequenceOutput, Stats, StepOutput, Submit
 from server.scheduler import Scheduler, Step
 from server.stage import Stage
 from server.status import READY, decode_reports
@@ -68,7 +68,10 @@ class Engine:
         api: ApiLink,
         clock: StageClock,
         limits: RequestLimits,
+        ranks: list[RankInfo],
     ) -> None:
+        """`ranks`: what each said when it got ready; its heartbeats bring news."""
+        self._ranks = ranks
         self._stage = stage
         self._pipeline = pipeline
         self._scheduler = scheduler
@@ -162,9 +165,9 @@ class Engine:
         """Called by the heartbeat with every rank's state, once a second."""
         ranks = decode_reports(reports)
         is_whole = len(ranks) == self._pipeline.ring.size
-        if not is_whole or any(info.state != READY for info in ranks):  # said before the ring was ready
-            ranks = []
-        self._api.send(structs.replace(self._stats, ranks=ranks))
+        if is_whole and all(info.state == READY for info in ranks):  # else it was said before the ring was ready
+            self._ranks = ranks
+        self._api.send(structs.replace(self._stats, ranks=self._ranks))
 
 
 def _padded(token_ids: list[list[int]]) -> mx.array:

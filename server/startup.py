@@ -151,7 +151,7 @@ class _RankStart:
     ) -> NoReturn:
         assert self._api is not None
         limits = RequestLimits(self._info.vocab_size, options.max_sequence_length)
-        engine = Engine(self._stage, self._pipeline, scheduler, self._api, clock, limits)
+        engine = Engine(self._stage, self._pipeline, scheduler, self._api, clock, limits, ranks)
         self._status.state = READY
         ready = Ready(
             model_path=str(self._info.path),

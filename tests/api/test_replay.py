@@ -99,8 +99,9 @@ class Reader:
                     self.events.append(json.loads(line.removeprefix("data: ")))
 
     def leaves(self) -> list[Any]:
-        """All that the events say, choice by choice: their values in order."""
-        of_choices = sorted(self.events, key=lambda event: (event.get("choices") or [{}])[0].get("index", 0))
+        """All that the events say, choice by choice: their values in order. Pings say only that a pause was long."""
+        events = [event for event in self.events if event.get("type") != "ping"]
+        of_choices = sorted(events, key=lambda event: (event.get("choices") or [{}])[0].get("index", 0))
         return [leaf for event in of_choices for leaf in leaves_of(event)]
 
 
