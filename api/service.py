@@ -136,7 +136,7 @@ class Service:
                     prompt_logprobs=scores,
                 )
                 choices.append(Choice(index, generation, tokenizer.output_reader(plan.output, request.stop or ())))
-        self.supervisor.accepting()  # the ring may have been given up while the prompt was made
+        self.supervisor.check_accepting(tokenizer)  # the ring may have been given up while the prompt was made
         self.engine.submit(*[choice.generation for choice in choices])
         return Answer(plan.answer_id, plan.model, tokenizer.fingerprint, choices, self.engine)
 

@@ -80,6 +80,11 @@ class Supervisor:
             return self.tokenizer, self._engine.ready
         raise NotReady(f"The server is {self.state}: {self.detail}", retry_after_s=RETRY_AFTER_S)
 
+    def check_accepting(self, tokenizer: ChatTokenizer) -> None:
+        """Raises NotReady where a prompt that `tokenizer` has made in the meantime can no longer be accepted."""
+        if self.accepting()[0] is not tokenizer:
+            raise _model_changed()
+
     @property
     def ranks(self) -> Sequence[RankInfo]:
         """The ranks of the ring that serves, as last heard; none where no ring serves."""
@@ -287,23 +292,26 @@ class Supervisor:
 
     async def _load_tokenizer(self, ready: Ready) -> None:
         path = Path(ready.model_path)
-        if self.tokenizer is not None:
-            if self.tokenizer.path == path and self.tokenizer.is_current():
-                return
-            # Ids of one tokenizer never reach another's model.
-            self._engine.fail_all(NotReady("The model was changed meanwhile.", retry_after_s=RETRY_AFTER_S))
+        if self.tokenizer is not None and self.tokenizer.path == path and self.tokenizer.is_current():
+            return
         self._enter(self.state, "loading the tokenizer")
         try:
-            self.tokenizer = await asyncio.to_thread(
-                ChatTokenizer, path, trust_remote_code=self._settings.trust_remote_code
-            )
+            tokenizer = await asyncio.to_thread(ChatTokenizer, path, trust_remote_code=self._settings.trust_remote_code)
         except Exception as error:  # the tokenizers library raises it bare for a damaged tokenizer.json
             raise RingLost(f"{path}: the tokenizer cannot be loaded: {_said(error)}", permanent=True) from error
+        if self.tokenizer is not None:
+            # Ids of one tokenizer never reach another's model. In one go with the change: what comes before is ended.
+            self._engine.fail_all(_model_changed())
+        self.tokenizer = tokenizer
 
     def _write_ring_file(self, ring: RingProcess, ready: Ready | None = None) -> None:
         ranks = [{"rank": rank.rank, "host": rank.host, "pid": rank.pid} for rank in ready.ranks] if ready else []
         path = run_dir(self._settings.project_root) / RING_FILE
         write_json(path, {"launcher_pid": ring.pid, "instance": self._instance, "ranks": ranks})
+
+
+def _model_changed() -> NotReady:
+    return NotReady("The model was changed meanwhile.", retry_after_s=RETRY_AFTER_S)
 
 
 def _reasons(away: Mapping[str, HostAway]) -> str:

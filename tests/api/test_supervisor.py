@@ -207,6 +207,30 @@ def test_ids_of_one_tokenizer_never_reach_another(supervisor: Any, tiny_chat_mod
     asyncio.run(test())
 
 
+def test_what_is_accepted_while_another_tokenizer_is_loaded_never_reaches_its_model(
+    supervisor: Any, tiny_chat_model: Path, tmp_path: Path
+):
+    folder = Path(shutil.copytree(tiny_chat_model, tmp_path / "model"))
+    ready = msgspec.structs.replace(READY, model_path=str(folder))
+    late = Generation([1], SamplingParams(seed=1), max_tokens=1, max_tokens_given=True, stop_token_ids=[])
+
+    async def test() -> None:
+        first = supervisor.tokenizer = ChatTokenizer(tiny_chat_model)
+        supervisor.state, supervisor._engine.ready = "restarting", READY
+        loading = asyncio.create_task(supervisor._load_tokenizer(ready))
+        await asyncio.sleep(0)
+        assert not loading.done() and supervisor.accepting()[0] is first
+        supervisor._engine.submit(late)
+        await loading
+        with pytest.raises(NotReady, match="model was changed"):
+            supervisor.check_accepting(first)  # whose prompt was still being made
+        supervisor.check_accepting(supervisor.tokenizer)
+        with pytest.raises(NotReady, match="model was changed"):
+            await anext(late.outputs())
+
+    asyncio.run(test())
+
+
 def test_a_model_that_is_wrong_stays_wrong_and_a_network_recovers(supervisor: Any):
     assert supervisor._lost(ModelError("no such model")).permanent
     assert not supervisor._lost(ModelUnavailable("no network")).permanent
