@@ -105,8 +105,12 @@ class EngineClient:
             )
 
     def submit(self, *generations: Generation) -> None:
-        """Accept all of an answer's, or none (QueueFull): from here on they are answered, whatever the ring does."""
+        """Accept all of an answer's, or none (ApiError): from here on they are answered, whatever the ring does."""
         self.check_queue(len(generations), generations[0].owner)
+        if self.ready is not None:  # perhaps another ring than when the prompt was made
+            for generation in generations:
+                if not generation.fit(self.ready.max_sequence_length):
+                    raise _does_not_fit(generation, self.ready)
         for generation in generations:
             generation.accepted_at = generation.progressed_at = self.clock()
             self.generations[generation.request_id] = generation
@@ -153,7 +157,7 @@ class EngineClient:
             if reason := generation.unreported_end():
                 self._take_output(generation, SequenceOutput(generation.request_id, finish_reason=reason), now)
             elif not fits:
-                self._fail(generation, _no_longer_fits(generation, ready))
+                self._fail(generation, _does_not_fit(generation, ready))
         self.serving_since = self.last_step_at = now
         self.num_tokens = 0
         self._suspects.ring_began()
@@ -205,13 +209,12 @@ class EngineClient:
     def expire(self, state: str) -> None:
         """End the requests to which nothing happened for REQUEST_TIMEOUT. `state`: why none serves, if none does."""
         now, seconds = self.clock(), f"{self._request_timeout_s:g} s (REQUEST_TIMEOUT)"
-        is_away = self.serving_since is None
         since = self._away_since if self.serving_since is None else self.serving_since
         for generation in list(self.generations.values()):
             if now - max(generation.progressed_at, since) > self._request_timeout_s:
                 self._take_back(generation)
                 error = Stalled(f"The request made no progress for {seconds}.")
-                if is_away:
+                if self.serving_since is None:
                     error = NotReady(f"Nothing serves since {seconds}: {state}", retry_after_s=RETRY_AFTER_S)
                 self._fail(generation, error)
 
@@ -224,6 +227,8 @@ class EngineClient:
     # -- what the ring says ------------------------------------------------------------------------------------------
 
     def _receive(self, message: StepOutput | Stats) -> None:
+        if self.serving_since is None:  # of a ring that is over: its ranks are not those of the next one
+            return
         now = self.clock()
         if isinstance(message, Stats):
             self._take_stats(message, now)
@@ -312,7 +317,7 @@ class EngineClient:
         generation.fail(error)
 
 
-def _no_longer_fits(generation: Generation, ready: Ready) -> ApiError:
+def _does_not_fit(generation: Generation, ready: Ready) -> ApiError:
     return ContextLengthExceeded(
         f"The server was restarted with smaller limits while it worked on this request: one may have "
         f"{ready.max_sequence_length} tokens now, and this one asks for "

@@ -237,6 +237,32 @@ def test_a_ring_with_smaller_limits_ends_what_does_not_fit_and_shortens_what_its
     run(test())
 
 
+def test_a_prompt_made_for_a_ring_with_larger_limits_is_refused_or_its_open_limit_shortened(
+    client: EngineClient, tmp_path: Path
+):
+    async def test() -> None:
+        async with connected(client, tmp_path) as engine:
+            with pytest.raises(ContextLengthExceeded, match="64 tokens now, and this one asks for 65"):
+                client.submit(generation(), generation(max_tokens=62))
+            assert client.generations == {}
+            client.submit(generation(max_tokens=62, max_tokens_given=False))
+            assert (await engine.read()).max_tokens == 61
+
+    run(test())
+
+
+def test_what_a_ring_says_after_its_end_is_not_taken_for_the_next_one_s(client: EngineClient, tmp_path: Path):
+    async def test() -> None:
+        async with connected(client, tmp_path) as engine:
+            client.suspend()
+            engine.send(Stats(READY.ranks, num_running=1, num_waiting=0, num_frames_in_flight=1))
+            engine.send(Progress("has been read"))
+            assert await client.life.get() == Progress("has been read")
+            assert client.stats is None
+
+    run(test())
+
+
 def test_limits_of_a_key_hold_across_rings(tmp_path: Path):
     client = EngineClient(
         {}, max_queued_requests=9, request_timeout_s=10, max_concurrent_per_key=1, max_queued_per_key=1
