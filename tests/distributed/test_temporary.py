@@ -30,12 +30,16 @@ def test_it_is_the_user_s_alone_and_the_same_each_time(shared: Path):
     assert used_within(shared) == folder
 
 
-@pytest.mark.parametrize("trap", ["a link", "open to all"])
+@pytest.mark.parametrize("trap", ["a link", "a link to nothing", "a file", "open to all"])
 def test_one_that_was_prepared_is_not_used(shared: Path, trap: str):
     expected = shared / f"mlx-ring-server-{os.getuid()}"
     if trap == "a link":
         (shared / "theirs").mkdir()
         expected.symlink_to(shared / "theirs")
+    elif trap == "a link to nothing":
+        expected.symlink_to(shared / "gone")
+    elif trap == "a file":
+        expected.touch()
     else:
         expected.mkdir()
         expected.chmod(0o777)
