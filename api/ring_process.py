@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 1024 * 1024
 TERM_GRACE_S = 5.0
+OUTPUT_GRACE_S = 5.0  # for what is left of the output, when all processes have ended
 
 
 async def end_ring(instance: str) -> list[psutil.Process]:
@@ -78,21 +79,28 @@ class RingProcess:
             self._process.stdin.write(b"\n")
 
     async def end(self, grace_s: float) -> None:
-        """Returns when no process of this ring is left here. `grace_s`: how long it may take to end by itself."""
-        if self._process is None:
+        """Returns when no process of this ring is left here, but for what nothing can end.
+
+        `grace_s`: how long it may take to end by itself.
+        """
+        if self._process is None or self._relay is None:
             return
         try:
             await asyncio.wait_for(self._process.wait(), grace_s)
         except TimeoutError:
             pass
         killed = await end_ring(self._instance)
-        await self._process.wait()
         if killed:
             logger.warning("killed what did not end when asked: %s", ", ".join(str(process.pid) for process in killed))
         if self._process.stdin is not None:
             self._process.stdin.close()
-        if self._relay is not None:
-            await self._relay
+        # Both wait for the last process that holds the pipe, and one that hangs in the kernel no signal ends.
+        ending = (self._relay, asyncio.ensure_future(self._process.wait()))
+        _, held_up = await asyncio.wait(ending, timeout=OUTPUT_GRACE_S)
+        for task in held_up:
+            task.cancel()
+        if held_up:
+            logger.warning("a process of the last ring does not end; the next ring does not wait for it")
         await asyncio.to_thread(shutil.rmtree, self._command.temporary, ignore_errors=True)
 
     async def _relay_output(self) -> None:
