@@ -62,5 +62,9 @@ class RestartPolicy:
         return 0.0 if self._in_vain <= 1 else min(2.0 ** (self._in_vain - 2), LONGEST_BACKOFF_S)
 
     def begin_anew(self) -> None:
-        """What was says nothing of the rings to come: a machine was away, a request did it, or settings are others."""
+        """What was says nothing of the rings to come: a machine was away, a request did it, or settings are others.
+
+        All of that happens to a server that has been ready.
+        """
+        self._has_served = True
         self._failed_starts = self._in_vain = self._out_of_memory = 0

@@ -122,10 +122,10 @@ class Supervisor:
             except Exception as error:  # the outermost frame of a ring
                 logger.exception("an error that nobody expected")
                 lost = self._lost(RingLost(f"an error that nobody expected: {_said(error)}"))
-            if self._has_others_to_try(lost):
+            away = await self._machines_away()
+            if self._has_others_to_try(lost):  # none can be asked for between here and the decision
                 policy.begin_anew()
                 continue
-            away = await self._machines_away()
             if away and self.tokenizer is not None:
                 await self._wait_for_machines(away)
                 policy.begin_anew()

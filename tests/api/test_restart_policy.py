@@ -76,3 +76,9 @@ def test_memory_that_was_enough_for_long_begins_to_count_anew():
     policy = RestartPolicy()
     for _ in range(10):
         assert None not in delays(policy, served(num_tokens=9, out_of_memory=True), served(seconds=3600, num_tokens=9))
+
+
+def test_a_ring_that_made_way_for_another_was_ready():
+    policy = RestartPolicy()
+    policy.begin_anew()
+    assert None not in delays(policy, *[failed_start()] * (MAX_FAILED_RESTARTS - 1))

@@ -177,6 +177,24 @@ def test_only_deaths_that_nobody_can_explain_blame_requests(supervisor: Any, is_
     assert script.blamed == num_blamed
 
 
+def test_settings_that_are_asked_for_while_a_lost_ring_is_cleared_away_are_tried_before_it_is_given_up(
+    supervisor: Any, tiny_chat_model: Path, tmp_path: Path
+):
+    supervisor.state, supervisor.tokenizer = "ready", ChatTokenizer(tiny_chat_model)
+    new = Settings(project_root=tmp_path, ring_size=3)
+    Script(supervisor, [RingLost("a layer is missing", permanent=True)], [])
+    looks = iter([lambda: True, lambda: supervisor.reload(new, tiny_chat_model)])
+
+    async def look() -> dict[str, HostAway]:
+        assert next(looks)()
+        return {}
+
+    supervisor._machines_away = look
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(supervisor.run())
+    assert supervisor._settings is new
+
+
 @pytest.mark.parametrize("state", ["starting", "failed", "stopping"])
 def test_nothing_is_reloaded_where_no_ring_serves_or_comes_back(supervisor: Any, state: str, tmp_path: Path):
     supervisor.state = state
