@@ -23,7 +23,7 @@ from api.errors import NotReady
 from api.restart_policy import RestartPolicy, RingLost
 from api.ring_ports import RingPorts
 from api.ring_process import RingProcess, end_ring
-from api.ring_watch import Replaced, RingWatch
+from api.ring_watch import STALL_S, Replaced, RingWatch
 from api.runtime_files import RING_FILE, write_json
 from api.tokenizer import ChatTokenizer
 from config import Settings
@@ -145,8 +145,10 @@ class Supervisor:
 
     async def _expire_requests(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.poll_interval)
-            self._engine.expire(self.detail)
+            looked_at, pause_s = time.monotonic(), self._settings.poll_interval
+            await asyncio.sleep(pause_s)
+            if time.monotonic() - looked_at <= STALL_S + pause_s:
+                self._engine.expire(self.detail)
 
     def reload(self, settings: Settings, model_path: Path) -> bool:
         """End the ring in order and start one with `settings`; requests go on there.

@@ -1,6 +1,7 @@
 import asyncio
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,28 @@ def test_nothing_is_accepted_before_a_ring_was_ready(supervisor: Any):
         supervisor.accepting()
     assert raised.value.retry_after_s
     assert list(supervisor.ranks) == []
+
+
+def test_a_process_that_was_held_up_reads_what_the_ring_said_before_it_ends_requests(
+    supervisor: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("api.supervisor.STALL_S", 0.1)
+    looks: list[str] = []
+    supervisor._engine.expire = looks.append
+
+    async def test() -> None:
+        expiring = asyncio.create_task(supervisor._expire_requests())
+        await asyncio.sleep(0)
+        time.sleep(0.5)  # as SIGSTOP, or a machine that sleeps
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not looks
+        async with asyncio.timeout(5):
+            while not looks:
+                await asyncio.sleep(0.01)
+        expiring.cancel()
+
+    asyncio.run(test())
 
 
 def test_an_error_nobody_expected_is_a_lost_ring_and_not_the_end_of_the_server(
