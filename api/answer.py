@@ -124,8 +124,8 @@ class Answer:
                     self._ended_at = self._engine.clock()
                 yield choice, step
         finally:
-            for choice, reader in zip(self.choices, readers, strict=True):
-                self._engine.cancel(choice.generation)
+            self._engine.cancel(*[choice.generation for choice in self.choices])
+            for reader in readers:
                 reader.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
 

@@ -117,11 +117,12 @@ class EngineClient:
             if self._limits.enter(generation.owner, generation.request_id, generation.priority):
                 self._give(generation)
 
-    def cancel(self, generation: Generation) -> None:
+    def cancel(self, *generations: Generation) -> None:
         """The client left, or needs no more tokens. Does nothing where the request has ended."""
-        if generation.request_id in self.generations:
-            self._take_back(generation)
-            self._forget(generation)
+        for generation in reversed(generations):  # the first ones have the places that the others would get of them
+            if generation.request_id in self.generations:
+                self._take_back(generation)
+                self._forget(generation)
 
     # -- the ring, for the supervisor --------------------------------------------------------------------------------
 
@@ -199,7 +200,7 @@ class EngineClient:
 
     def fail_all(self, error: ApiError) -> None:
         """No ring will come: every request ends with `error`."""
-        for generation in list(self.generations.values()):
+        for generation in reversed(list(self.generations.values())):  # as in `cancel`
             self._fail(generation, error)
 
     def comes_nearer(self) -> None:

@@ -147,6 +147,22 @@ def test_a_client_that_leaves_while_it_waits_is_never_told_to_the_ring(tmp_path:
     run(test())
 
 
+def test_choices_that_wait_are_not_sent_to_the_ring_when_their_client_leaves(tmp_path: Path):
+    client = client_of(1, None)
+    first, second, third, later = generations("alice", 4)
+
+    async def test() -> None:
+        async with connected(client, tmp_path) as engine:
+            client.submit(first, second, third)
+            client.submit(later)
+            client.cancel(first, second, third)
+            await assert_submitted(engine, first)
+            assert await engine.read() == Cancel(first.request_id)
+            await assert_submitted(engine, later)
+
+    run(test())
+
+
 def test_another_ring_is_given_no_more_of_a_key_than_the_lost_one(tmp_path: Path):
     client = client_of(1, None)
     first, second, third = generations("alice", 3)
