@@ -14,23 +14,22 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from api.engine_client import RETRY_AFTER_S, EngineClient
 from api.errors import NotReady
 from api.restart_policy import RestartPolicy, RingLost
+from api.ring_machines import RingMachines, reasons
 from api.ring_ports import RingPorts
 from api.ring_process import RingProcess, end_ring
 from api.ring_watch import STALL_S, Replaced, RingWatch
 from api.runtime_files import RING_FILE, write_json
 from api.tokenizer import ChatTokenizer
 from config import Settings
-from distributed.errors import DistributedError, HostAway, HostError, ModelError, ModelUnavailable
-from distributed.hosts import ring_hosts, ssh_targets
+from distributed.errors import DistributedError, HostAway, ModelError, ModelUnavailable
+from distributed.hosts import ring_hosts
 from distributed.launch import run_dir
-from distributed.remnants import end_on_workers
 from server.protocol import RankInfo, Ready
 
 logger = logging.getLogger(__name__)
@@ -39,17 +38,7 @@ State = Literal["starting", "ready", "restarting", "failed", "stopping"]
 
 END_GRACE_S = 10.0  # for ranks that are asked to end
 LOST_GRACE_S = 1.0  # for what is left of a ring that was lost: it ends by itself, or is wedged
-LOOK_S = 4.0  # for a machine to answer; one that is slower is looked for again
 LONGEST_PAUSE_S = 10.0  # between two looks for a machine that is away
-
-
-@dataclass(frozen=True)
-class Absence:
-    """A machine without which no ring can be formed."""
-
-    host: str
-    since: float  # time.time()
-    reason: str
 
 
 class Supervisor:
@@ -59,7 +48,7 @@ class Supervisor:
         self.tokenizer: ChatTokenizer | None = None  # of the first ring that was ready; stays when a ring is lost
         self.num_lost = 0  # rings that were lost while they served
         self.hurry = False  # set by whoever wants `stop` to wait for nobody
-        self.waiting_for: list[Absence] = []
+        self.machines = RingMachines(instance)
         self.notice = ""  # why the settings of the last `reload` are not those that serve
         self._settings = settings
         self._served_settings: Settings | None = None  # those of the last ring that was ready
@@ -109,7 +98,7 @@ class Supervisor:
         for folder in self._sockets.parent.glob(f"mlx-ring-{self._instance}-*"):
             if folder != self._sockets:  # of a server of this project that was killed
                 shutil.rmtree(folder, ignore_errors=True)
-        await self._machines_away()  # a crashed server may have left ranks there
+        await self.machines.clear(self._settings)  # a crashed server may have left ranks there
         while True:
             self._take_asked_settings()
             try:
@@ -122,7 +111,7 @@ class Supervisor:
             except Exception as error:  # the outermost frame of a ring
                 logger.exception("an error that nobody expected")
                 lost = self._lost(RingLost(f"an error that nobody expected: {_said(error)}"))
-            away = await self._machines_away()
+            away = await self.machines.clear(self._settings)
             if self._has_others_to_try(lost):  # none can be asked for between here and the decision
                 policy.begin_anew()
                 continue
@@ -134,7 +123,7 @@ class Supervisor:
                 policy.begin_anew()
             delay_s = policy.seconds_to_next_start(lost)
             if delay_s is None:
-                self._give_up(_reasons(away) or lost.reason)
+                self._give_up(reasons(away) or lost.reason)
                 return
             await self._sleep(delay_s)
 
@@ -261,36 +250,16 @@ class Supervisor:
         self._enter("starting" if self.tokenizer is None else "restarting", lost.reason)
         return lost
 
-    # -- the other machines ------------------------------------------------------------------------------------------
-
-    async def _machines_away(self) -> dict[str, HostAway]:
-        """The machines that do not answer, and why. On the others nothing of a lost ring is left then."""
-        try:
-            targets = ssh_targets(self._settings)
-        except HostError:  # HOSTFILE cannot be read, which the next start will say
-            return {}
-        if not targets:
-            return {}
-        failures = await asyncio.to_thread(end_on_workers, self._settings, targets, self._instance, LOOK_S)
-        away = {target: failure for target, failure in failures.items() if isinstance(failure, HostAway)}
-        for target in failures.keys() - away.keys():
-            logger.warning("%s", failures[target])
-        return away
-
     async def _wait_for_machines(self, away: Mapping[str, HostAway]) -> None:
         """Until all of them answer, however long that takes, or other settings are asked for."""
         pause_s = 1.0
         while away and not self._reloads.is_set():
-            since = {absence.host: absence.since for absence in self.waiting_for}
-            self._enter("restarting", f"waiting for {_reasons(away)}")
-            if since.keys() != away.keys():
-                logger.warning("%s", self.detail)
-            now = time.time() if since else self._lost_at
-            self.waiting_for = [Absence(host, since.get(host, now), str(reason)) for host, reason in away.items()]
+            self.machines.miss(away, self._lost_at)
+            self._enter("restarting", f"waiting for {reasons(away)}")
             await self._sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            away = await self._machines_away()
-        self.waiting_for = []
+            away = await self.machines.clear(self._settings)
+        self.machines.miss({}, self._lost_at)
 
     async def _load_tokenizer(self, ready: Ready) -> None:
         path = Path(ready.model_path)
@@ -314,11 +283,6 @@ class Supervisor:
 
 def _model_changed() -> NotReady:
     return NotReady("The model was changed meanwhile.", retry_after_s=RETRY_AFTER_S)
-
-
-def _reasons(away: Mapping[str, HostAway]) -> str:
-    """Each names its machine."""
-    return "; ".join(map(str, away.values()))
 
 
 def _said(error: Exception) -> str:

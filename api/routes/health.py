@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api.engine_client import RETRY_AFTER_S
+from api.ring_machines import Absence
 from api.service import service_of
-from api.supervisor import Absence
 from server.protocol import RankInfo, SchedulerCounters
 
 router = APIRouter()
@@ -36,7 +36,7 @@ async def health(request: Request) -> Response:
     if not service.settings.api_keys or hasattr(request.state, "api_key_label"):
         report |= {
             "detail": supervisor.detail,
-            "waiting_for": [_absence(absence) for absence in supervisor.waiting_for],
+            "waiting_for": [_absence(absence) for absence in supervisor.machines.missed],
             "max_sequence_length": ready.max_sequence_length if ready else None,
             "kv_cache_tokens": ready.kv_cache_tokens if ready else None,
             "requests": {"running": engine.num_running, "waiting": engine.num_waiting},

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from api.cli.health import fetch_health
-from api.supervisor import Absence
+from api.ring_machines import Absence
 from config import Settings
 from tests.api.served_app import BODY, run, served
 
@@ -276,7 +276,7 @@ def test_health_names_the_machines_that_are_waited_for(tmp_path: Path, tiny_chat
         async with served(tmp_path, tiny_chat_model) as app:
             assert (await app.http.get("/health")).json()["waiting_for"] == []
             app.supervisor.state = "restarting"
-            app.supervisor.waiting_for = [Absence("mac2.local", 1_700_000_000.0, "it does not answer")]
+            app.supervisor.machines.missed = [Absence("mac2.local", 1_700_000_000.0, "it does not answer")]
             (absence,) = (await app.http.get("/health")).json()["waiting_for"]
             since = "2023-11-14T22:13:20+00:00"
             assert absence == {"host": "mac2.local", "since": since, "reason": "it does not answer"}

@@ -146,7 +146,7 @@ class Script:
         self.blamed = 0
         self._supervisor = supervisor
         self._ends, self._away = ends, [{}, *away]  # looked for before the first ring as well
-        supervisor._one_ring, supervisor._machines_away, supervisor._sleep = self._one_ring, self._look, self._sleep
+        supervisor._one_ring, supervisor.machines.clear, supervisor._sleep = self._one_ring, self._look, self._sleep
         supervisor._engine.blame = self._blame
 
     async def _one_ring(self) -> None:
@@ -154,11 +154,11 @@ class Script:
             raise asyncio.CancelledError
         raise self._ends.pop(0)
 
-    async def _look(self) -> dict[str, HostAway]:
+    async def _look(self, _: Settings) -> dict[str, HostAway]:
         return self._away.pop(0) if self._away else {}
 
     async def _sleep(self, delay_s: float) -> None:
-        waiting = [absence.host for absence in self._supervisor.waiting_for]
+        waiting = [absence.host for absence in self._supervisor.machines.missed]
         self.seen.append((self._supervisor.state, self._supervisor.detail, waiting))
         self.slept.append(delay_s)
 
@@ -181,7 +181,7 @@ def test_a_machine_that_is_away_is_named_and_waited_for_and_blames_no_request(su
         asyncio.run(supervisor.run())
     assert script.seen == [("restarting", "waiting for mac2: it does not answer", ["mac2"])] * 40
     assert script.slept[:5] == [1, 2, 4, 8, LONGEST_PAUSE_S] and script.slept[-1] == LONGEST_PAUSE_S
-    assert supervisor.waiting_for == [] and script.blamed == 0
+    assert supervisor.machines.missed == [] and script.blamed == 0
 
 
 def test_a_machine_that_was_never_there_is_the_reason_why_the_start_fails(supervisor: Any):
@@ -208,11 +208,11 @@ def test_settings_that_are_asked_for_while_a_lost_ring_is_cleared_away_are_tried
     Script(supervisor, [RingLost("a layer is missing", permanent=True)], [])
     looks = iter([lambda: True, lambda: supervisor.reload(new, tiny_chat_model)])
 
-    async def look() -> dict[str, HostAway]:
+    async def look(_: Settings) -> dict[str, HostAway]:
         assert next(looks)()
         return {}
 
-    supervisor._machines_away = look
+    supervisor.machines.clear = look
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(supervisor.run())
     assert supervisor._settings is new
