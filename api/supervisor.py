@@ -207,6 +207,7 @@ class Supervisor:
         await end_ring(self._instance)  # what a crashed server may have left holds the ports
         socket_path = self._sockets / "rank0.sock"
         ring: RingProcess | None = None
+        grace_s = END_GRACE_S
         async with self._engine.listening(socket_path):
             try:
                 self._ports.take(await asyncio.to_thread(ring_hosts, self._settings))
@@ -224,13 +225,13 @@ class Supervisor:
                 self._enter("ready", self.notice)
                 await watch.until_lost()
             except (OSError, DistributedError, RingLost) as error:
+                grace_s = LOST_GRACE_S
                 raise self._lost(error) from error
             finally:
-                is_asked = self.state == "stopping" or self._reloads.is_set()
                 self._engine.suspend()
                 self._engine.shut_down()
                 if ring is not None:
-                    await ring.end(END_GRACE_S if is_asked else LOST_GRACE_S)
+                    await ring.end(grace_s)
 
     def _lost(self, error: OSError | DistributedError | RingLost) -> RingLost:
         """Notes that the ring is over, and why."""

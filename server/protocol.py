@@ -198,7 +198,7 @@ class SchedulerCounters(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Stats(msgspec.Struct, tag="stats", frozen=True):
-    """Once a second: the ranks' state (none where `Ready` has said it last) and the scheduler's counts."""
+    """Once a second: the ranks' state and the scheduler's counts."""
 
     ranks: list[RankInfo]
     num_running: int

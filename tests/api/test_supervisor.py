@@ -15,13 +15,13 @@ from api.generation import Generation
 from api.restart_policy import RingLost
 from api.ring_ports import check_ports, local_ports
 from api.ring_watch import Replaced
-from api.supervisor import LONGEST_PAUSE_S, Supervisor
+from api.supervisor import LONGEST_PAUSE_S, LOST_GRACE_S, Supervisor
 from api.tokenizer import ChatTokenizer
 from config import Settings
 from distributed.errors import HostAway, ModelError, ModelUnavailable
 from distributed.hosts import RankHost
-from server.protocol import SamplingParams
-from tests.api.fake_engine import READY
+from server.protocol import Failed, SamplingParams
+from tests.api.fake_engine import READY, FakeEngine
 from tests.running_server import free_ports
 
 
@@ -135,6 +135,48 @@ def test_asked_settings_are_the_next_ring_s_and_those_that_served_come_back_wher
     assert started == [(2, None), (3, 3), (2, 2)]
     assert "those from before serve: no such layer" in supervisor.notice
     assert supervisor.num_lost == 0
+
+
+class Launcher:
+    """Of a ring that is elsewhere: it only says how long it was given to end."""
+
+    pid, has_exited, last_lines = 1, False, ()
+    grace_s = 0.0
+
+    def stop_spinning(self) -> None:
+        pass
+
+    async def end(self, grace_s: float) -> None:
+        self.grace_s = grace_s
+
+
+def test_a_ring_that_is_lost_while_the_server_stops_takes_no_time_from_those_that_wait(
+    supervisor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    launcher = Launcher()
+
+    async def start(*_: Any) -> Launcher:
+        return launcher
+
+    monkeypatch.setattr("api.supervisor.RingProcess.start", start)
+    (tmp_path / ".run").mkdir()
+    supervisor._settings = Settings(project_root=tmp_path, ring_size=1)
+    supervisor.state = "stopping"
+
+    async def test() -> None:
+        ring = asyncio.create_task(supervisor._one_ring())
+        socket_path = supervisor._sockets / "rank0.sock"
+        async with asyncio.timeout(5):
+            while not socket_path.exists():
+                await asyncio.sleep(0.01)
+        engine = await FakeEngine.connect(socket_path)
+        engine.send(Failed("rank 1 is lost", permanent=False))
+        with pytest.raises(RingLost, match="rank 1 is lost"):
+            await ring
+        await engine.leave()
+
+    asyncio.run(test())
+    assert launcher.grace_s == LOST_GRACE_S
 
 
 class Script:
