@@ -13,9 +13,9 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from api.engine_client import RETRY_AFTER_S, EngineClient
 from api.errors import NotReady
@@ -231,7 +231,7 @@ class Supervisor:
                 self._engine.suspend()
                 self._engine.shut_down()
                 if ring is not None:
-                    await ring.end(grace_s)
+                    await _to_its_end(ring.end(grace_s))  # a stop in the middle of it would leave ranks behind
 
     def _lost(self, error: OSError | DistributedError | RingLost) -> RingLost:
         """Notes that the ring is over, and why."""
@@ -280,6 +280,16 @@ class Supervisor:
         ranks = [{"rank": rank.rank, "host": rank.host, "pid": rank.pid} for rank in ready.ranks] if ready else []
         path = run_dir(self._settings.project_root) / RING_FILE
         write_json(path, {"launcher_pid": ring.pid, "instance": self._instance, "ranks": ranks})
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits it whole, also where whoever awaits is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
 
 
 def _model_changed() -> NotReady:

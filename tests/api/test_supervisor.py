@@ -138,45 +138,78 @@ def test_asked_settings_are_the_next_ring_s_and_those_that_served_come_back_wher
 
 
 class Launcher:
-    """Of a ring that is elsewhere: it only says how long it was given to end."""
+    """Of a ring that is elsewhere: it only says how it was ended."""
 
     pid, has_exited, last_lines = 1, False, ()
-    grace_s = 0.0
+
+    def __init__(self) -> None:
+        self.grace_s = 0.0
+        self.has_ended = False
+        self.may_end = asyncio.Event()
 
     def stop_spinning(self) -> None:
         pass
 
     async def end(self, grace_s: float) -> None:
         self.grace_s = grace_s
+        await self.may_end.wait()
+        self.has_ended = True
 
 
-def test_a_ring_that_is_lost_while_the_server_stops_takes_no_time_from_those_that_wait(
-    supervisor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    launcher = Launcher()
+@pytest.fixture
+def launcher(supervisor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    """That of the supervisor's next ring."""
+    made = Launcher()
 
     async def start(*_: Any) -> Launcher:
-        return launcher
+        return made
 
     monkeypatch.setattr("api.supervisor.RingProcess.start", start)
     (tmp_path / ".run").mkdir()
     supervisor._settings = Settings(project_root=tmp_path, ring_size=1)
-    supervisor.state = "stopping"
+    return made
 
-    async def test() -> None:
-        ring = asyncio.create_task(supervisor._one_ring())
-        socket_path = supervisor._sockets / "rank0.sock"
-        async with asyncio.timeout(5):
-            while not socket_path.exists():
-                await asyncio.sleep(0.01)
+
+async def ring_that_is_lost(supervisor: Any, launcher: Launcher) -> asyncio.Task[None]:
+    """One that is about to be ended."""
+    ring = asyncio.create_task(supervisor._one_ring())
+    socket_path = supervisor._sockets / "rank0.sock"
+    async with asyncio.timeout(5):
+        while not socket_path.exists():
+            await asyncio.sleep(0.01)
         engine = await FakeEngine.connect(socket_path)
         engine.send(Failed("rank 1 is lost", permanent=False))
+        while not launcher.grace_s:
+            await asyncio.sleep(0.01)
+        await engine.leave()
+    return ring
+
+
+def test_a_ring_that_is_lost_while_the_server_stops_takes_no_time_from_those_that_wait(
+    supervisor: Any, launcher: Launcher
+):
+    async def test() -> None:
+        supervisor.state = "stopping"
+        ring = await ring_that_is_lost(supervisor, launcher)
+        assert launcher.grace_s == LOST_GRACE_S
+        launcher.may_end.set()
         with pytest.raises(RingLost, match="rank 1 is lost"):
             await ring
-        await engine.leave()
 
     asyncio.run(test())
-    assert launcher.grace_s == LOST_GRACE_S
+
+
+def test_a_stop_while_a_lost_ring_is_being_ended_leaves_nothing_of_it(supervisor: Any, launcher: Launcher):
+    async def test() -> None:
+        ring = await ring_that_is_lost(supervisor, launcher)
+        ring.cancel()
+        await asyncio.sleep(0)
+        launcher.may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await ring
+        assert launcher.has_ended
+
+    asyncio.run(test())
 
 
 class Script:
