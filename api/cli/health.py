@@ -5,6 +5,7 @@ Only reads. Called by start, which waits on it, and by status.
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -33,18 +34,19 @@ def fetch_health(settings: Settings, timeout_s: float = 5.0) -> Health | None:
         key = settings.api_keys[0].key.get_secret_value()
         request.add_header("Authorization", f"Bearer {key}".encode().decode("latin-1"))
     try:
-        with opener.open(request, timeout=timeout_s) as answer:
-            body = answer.read()
-    except urllib.error.HTTPError as error:
-        with error:
-            body = error.read()
-    except OSError:
-        return None
-    try:
-        health = json.loads(body)
-    except ValueError:
+        with _answer(opener, request, timeout_s) as answer:
+            health = json.loads(answer.read())
+    except (OSError, http.client.HTTPException, ValueError):  # another program's port, or an api that just ends
         return None
     return health if isinstance(health, dict) and "status" in health else None
+
+
+def _answer(opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout_s: float) -> Any:
+    """Open, with whatever status code."""
+    try:
+        return opener.open(request, timeout=timeout_s)
+    except urllib.error.HTTPError as error:
+        return error
 
 
 def absence_line(absence: dict[str, str]) -> str:

@@ -174,7 +174,8 @@ def wait_until_ready(root: Path, settings: Settings, exit_code: Callable[[], int
 
 def _last_words(root: Path, log_start: int) -> str:
     """Why the api process ended: what it wrote to stderr, or else the errors in the log since `log_start` (bytes)."""
-    said = (run_dir(root) / OUTPUT_FILE).read_text(errors="replace").strip().splitlines()
+    output = run_dir(root) / OUTPUT_FILE  # not there for one that was started by hand, which restart waits for too
+    said = output.read_text(errors="replace").strip().splitlines() if output.exists() else []
     if said:
         return "\n".join(said[-REASON_LINES:])
     if not (root / LOG_FILE).exists():
