@@ -2,23 +2,32 @@
 
 Every process of the server in one project folder carries `--instance ID`, so what a crash left behind is found without
 any file. It asks a process to end before it kills it: on macOS a SIGKILL can strand wired memory. Called by the
-supervisor, in a thread.
+supervisor, in a thread, and by the commands.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import psutil
 
 POLL_S = 0.02
 
 
+def own_processes() -> Iterator[psutil.Process]:
+    """This user's, with `info`: those of others may call themselves what they like, and nothing may end them."""
+    for process in psutil.process_iter(["cmdline", "status", "uids"]):
+        uids = process.info["uids"]
+        if uids is not None and uids.real == os.getuid():
+            yield process
+
+
 def ring_processes(instance: str) -> list[psutil.Process]:
     """mlx.launch, the ranks and their shells that belong to `instance`."""
     found: list[psutil.Process] = []
-    for process in psutil.process_iter(["cmdline"]):
+    for process in own_processes():
         command = " ".join(process.info["cmdline"] or [])
         if f"--instance {instance}" in command and "-m server" in command:
             found.append(process)

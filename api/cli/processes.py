@@ -12,12 +12,13 @@ from pathlib import Path
 
 import psutil
 
+from api.processes import own_processes
 from distributed.launch import run_dir
 
 
 def find_api(root: Path, instance: str) -> psutil.Process | None:
     """The api process of `root`, also one that was started by hand (`python -m api`)."""
-    for process in psutil.process_iter(["cmdline", "status"]):
+    for process in own_processes():
         command = process.info["cmdline"] or []
         if process.info["status"] == psutil.STATUS_ZOMBIE or command[1:3] != ["-m", "api"]:
             continue

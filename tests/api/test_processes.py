@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import time
@@ -36,6 +37,17 @@ def test_processes_are_found_by_their_instance_alone(ranks: list[subprocess.Pope
     ranks += [start(PLAIN, "instance-a"), start(PLAIN, "instance-a"), start(PLAIN, "instance-b")]
     assert {process.pid for process in ring_processes("instance-a")} == {process.pid for process in ranks[:2]}
     assert ring_processes("instance-c") == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can start another user's process")
+def test_another_user_s_process_is_never_ours_whatever_it_calls_itself(ranks: list[subprocess.Popen[bytes]]):
+    arguments = ["/bin/sh", "-c", "echo; read line", "-m", "server", "--instance", "instance-g"]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, user=65534) as stranger:
+        assert stranger.stdout is not None
+        stranger.stdout.readline()
+        ranks.append(start(PLAIN, "instance-g"))
+        assert [process.pid for process in ring_processes("instance-g")] == [ranks[0].pid]
+        stranger.kill()
 
 
 def test_what_ends_when_asked_is_not_killed(ranks: list[subprocess.Popen[bytes]]):
