@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from distributed.blas import prefer_openblas
 
@@ -21,7 +22,7 @@ def main(folder: Path, num_rows: int, seconds: float) -> None:
     from mlx_lm.models.cache import BatchKVCache
     from mlx_lm.utils import load_model
 
-    model, _ = load_model(folder)
+    model: Any = load_model(folder)[0]
     caches = [BatchKVCache([0] * num_rows) for _ in model.layers]
 
     def step() -> float:
