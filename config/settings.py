@@ -24,16 +24,7 @@ NOT_KEYS = frozenset({"project_root", "passthrough_env"})  # found by load_confi
 # keeps the requests; nobody but supervisor, launcher and ranks may read them. (CONFIG_FILE: what is in it counts.)
 RING_FIELDS = frozenset(
     {
-        *(
-            "ring_size",
-            "worker_hosts",
-            "ring_host",
-            "hostfile",
-            "ring_port",
-            "ssh_options",
-            "worker_dir",
-            "config_file",
-        ),
+        *("ring_size", "worker_hosts", "ring_host", "hostfile", "ring_port", "ssh_options", "worker_dir"),
         *("layer_split", "rank_memory_limit_mb", "kv_cache_reserved_memory_mb", "kv_cache_max_size", "kv_cache_bits"),
         *("config_file", "max_sequence_length", "prefix_cache", "prefill_chunk_tokens", "micro_batch_groups"),
         *("max_concurrent_requests", "start_timeout", "step_timeout", "poll_interval", "shutdown_grace_s"),

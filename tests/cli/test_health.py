@@ -1,16 +1,72 @@
 import socket
 import threading
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from api.cli.health import fetch_health
-from api.cli.start import StartFailed, wait_until_ready
-from config import Settings
+from api.cli.health import absence_line, base_url, fetch_health, format_bytes, rank_lines
+from api.cli.start import StartFailed, ready_lines, wait_until_ready
+from config import Settings, load_config
 
+RANK = {
+    "rank": 0,
+    "host": "mac1",
+    "pid": 7,
+    "layers": [0, 15],
+    "memory_bytes": 3 * 2**30,
+    "kv_cache_bytes": 0,
+    "kv_cache_bytes_limit": 2**31,
+}
 CUT = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"
 CUT_503 = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 100\r\n\r\n{"
 NOT_OURS = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("127.0.0.1", "http://127.0.0.1:8100"), ("0.0.0.0", "http://127.0.0.1:8100"), ("::", "http://[::1]:8100")],
+)
+def test_the_url_is_one_that_works_on_this_machine(host: str, url: str):
+    assert base_url(Settings(api_host=host)) == url
+
+
+def test_sizes_are_readable():
+    assert [format_bytes(size) for size in (0, 2047, 5 * 2**20, 3 * 2**30)] == ["0 B", "2 KiB", "5 MiB", "3.0 GiB"]
+
+
+def test_each_rank_is_a_row_under_its_heading():
+    heading, row = rank_lines([RANK])
+    assert heading.split()[:4] == ["rank", "host", "pid", "layers"]
+    assert row.split() == ["0", "mac1", "7", "[0,", "15)", "3.0", "GiB", "0", "B", "2.0", "GiB", "-"]
+    assert rank_lines([]) == []
+
+
+def test_a_rank_s_row_ends_with_how_busy_it_was_while_there_was_work():
+    counters = {"busy_s": 9.0, "idle_s": 1000.0, "bubble_s": 3.0}
+    heading, row = rank_lines([RANK | {"counters": counters}])
+    assert (heading.split()[-1], row.split()[-1]) == ("busy", "75%")
+
+
+def test_nothing_that_answers_is_no_health():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert fetch_health(Settings(api_port=port)) is None
+
+
+def test_the_curl_line_asks_for_a_key_only_where_one_is_needed_and_shows_none(tmp_path: Path):
+    health: dict[str, Any] = {"ranks": [RANK]}
+    assert "Authorization" not in "\n".join(ready_lines(Settings(), health))
+    lines = "\n".join(ready_lines(load_config(tmp_path, {"API_KEYS": "me:sk-secret"}), health))
+    assert "Bearer $API_KEY" in lines and "sk-secret" not in lines
+
+
+def test_status_says_since_when_a_machine_is_away():
+    since = datetime.now(UTC) - timedelta(minutes=2)
+    line = absence_line({"host": "mac2", "since": since.isoformat(timespec="seconds"), "reason": "it is off"})
+    assert line.startswith(f"waits     for mac2 since {since.astimezone():%Y-%m-%d %H:%M:%S} (0:02:0")
 
 
 @pytest.mark.parametrize(
