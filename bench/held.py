@@ -26,11 +26,12 @@ class Idle:
     num_prefixes: int  # entries of the prefix cache
     kv_bytes: dict[str, int]
     memory_bytes: dict[str, int]  # MLX's active memory
+    num_connections: int  # of clients, as the api sees them
     num_fds: dict[str, int]
 
     @property
     def is_quiet(self) -> bool:
-        return not self.requests and not self.kv_tokens and not any(self.kv_bytes.values())
+        return not (self.requests or self.kv_tokens or any(self.kv_bytes.values()) or self.num_connections)
 
 
 def idle(server: RunningServer) -> Idle:
@@ -44,14 +45,25 @@ def idle(server: RunningServer) -> Idle:
 def _look(server: RunningServer) -> Idle:
     health = server.health()
     ranks = {f"rank {rank['rank']}": rank for rank in health["ranks"]}
+    kv_tokens = int(metric(server, "kv_cache_tokens"))
+    watched = processes(server)
+    # What was just asked here is a connection too, until the api has seen that it was closed. Files are counted after
+    # connections: where there are none, none is among the files.
+    num_connections = _num_connections(watched["api"], server.api_port)
     return Idle(
         requests=sum(health["requests"].values()),
-        kv_tokens=int(metric(server, "kv_cache_tokens")),
+        kv_tokens=kv_tokens,
         num_prefixes=health["prefix_cache"]["entries"],
         kv_bytes={name: rank["kv_cache_bytes"] - rank["prefix_cache_bytes"] for name, rank in ranks.items()},
         memory_bytes={name: rank["memory_bytes"] - rank["prefix_cache_bytes"] for name, rank in ranks.items()},
-        num_fds={name: process.num_fds() for name, process in processes(server).items()},
+        num_connections=num_connections,
+        num_fds={name: process.num_fds() for name, process in watched.items()},
     )
+
+
+def _num_connections(api: psutil.Process, port: int) -> int:
+    open_here = [connection for connection in api.net_connections("tcp") if connection.laddr.port == port]
+    return sum(connection.status != psutil.CONN_LISTEN for connection in open_here)
 
 
 def processes(server: RunningServer) -> dict[str, psutil.Process]:

@@ -145,6 +145,7 @@ def idle_table(seen: Soak) -> str:
     rows = [
         ["requests", str(warm.requests), str(end.requests)],
         ["KV tokens of requests", str(warm.kv_tokens), str(end.kv_tokens)],
+        ["connections of clients", str(warm.num_connections), str(end.num_connections)],
         ["entries of the prefix cache", str(warm.num_prefixes), str(end.num_prefixes)],
         *(
             [f"{what}, {name}", f"{earlier[name]:,}", f"{later[name]:,}"]
