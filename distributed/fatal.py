@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec
 
+import psutil
+
 from distributed.errors import HandshakeError, RingError
 from distributed.frames import LastWords
 from distributed.memory import is_allocation_failure
@@ -112,6 +114,17 @@ def start_thread(name: str, target: Callable[..., None], *args: object) -> threa
     thread = threading.Thread(target=fatal_on_error(target), args=args, name=name, daemon=True)
     thread.start()
     return thread
+
+
+def end_with(pid: int, name: str) -> None:
+    """Have this process end when the process `pid` of this machine does, whatever the other ranks are able to say."""
+
+    def watch() -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).wait()  # the kernel tells; nothing is polled
+        die(f"{name} is gone", exit_code=0)
+
+    start_thread(f"watches {name}", watch)
 
 
 def _end_at_last() -> None:

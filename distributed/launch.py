@@ -60,8 +60,8 @@ def ring_command(
 ) -> RingCommand:
     """The mlx.launch call for all ranks of `settings` (of `hosts` where the caller has found them already).
 
-    Rank 0 connects to the unix socket `socket_path`, beside which the launcher's temporary folder is. HostError as in
-    `ring_hosts`, RingError without mlx.launch.
+    Rank 0 connects to the unix socket `socket_path`, beside which the launcher's temporary folder is. The ranks here end
+    when this process does. HostError as in `ring_hosts`, RingError without mlx.launch.
     """
     hosts = list(hosts or ring_hosts(settings))
     launcher = Path(sys.executable).with_name("mlx.launch")
@@ -115,8 +115,10 @@ def _program(settings: Settings, hosts: Sequence[RankHost], root: Path, argument
         if target is None:
             folder, python = shlex.quote(str(root)), shlex.quote(sys.executable)
             folder += f" && export TMPDIR={shlex.quote(tempfile.gettempdir())}"
+            of_machine = f" --api-pid {os.getpid()}"
         else:
-            folder, python = quote_remote_path(settings.worker_dir), ".venv/bin/python"
-        start = f"cd {folder} && export MLX_RING_LOCAL_RANKS={count} && exec {python} -m server {arguments} </dev/null"
+            folder, python, of_machine = quote_remote_path(settings.worker_dir), ".venv/bin/python", ""
+        start = f"cd {folder} && export MLX_RING_LOCAL_RANKS={count}"
+        start += f" && exec {python} -m server {arguments}{of_machine} </dev/null"
         cases.append(f"{ranks}) {start} ;;")
     return f"case $MLX_RANK in {' '.join(cases)} esac"

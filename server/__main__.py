@@ -1,4 +1,5 @@
-"""One rank of the ring: `python -m server --instance ID --socket PATH`, started by mlx.launch on every machine.
+"""One rank of the ring: `python -m server --instance ID --socket PATH [--api-pid PID]`, started by mlx.launch on every
+machine.
 
 The order matters. stdin goes first (mlx.launch spins a core for as long as it may write there), OpenBLAS before mlx,
 the ring before anything heavy (a neighbour waits 31 s for it), and every way out is `os._exit` (`distributed.fatal`).
@@ -31,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m server", description=__doc__)
     parser.add_argument("--instance", required=True, help="marks this process as the server's, for ./launch.sh stop")
     parser.add_argument("--socket", required=True, help="the api process's unix socket; used by rank 0")
+    parser.add_argument("--api-pid", type=int, help="the api process, where it is on this machine: ends with it")
     arguments = parser.parse_args()
 
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -46,14 +48,16 @@ def main() -> None:
     setup_rank_logging("INFO", rank, 0, "")
     use_private_temporary_folder()
     prefer_openblas(int(os.environ.get("MLX_RING_LOCAL_RANKS", "1")))
-    _serve(rank, arguments.socket)
+    _serve(rank, arguments.socket, arguments.api_pid)
 
 
-def _serve(rank: int, socket_path: str) -> None:
-    from distributed.fatal import die_of, flush_and_exit, introduce
+def _serve(rank: int, socket_path: str, api_pid: int | None) -> None:
+    from distributed.fatal import die_of, end_with, flush_and_exit, introduce
     from distributed.ring import Ring
 
     introduce(f"rank {rank} ({socket.gethostname()})")
+    if api_pid is not None:
+        end_with(api_pid, "the api process")
     try:
         from server.api_link import ApiLink
 

@@ -104,11 +104,12 @@ def failure_of(server: RunningServer) -> str:
     return detail
 
 
-def test_ranks_end_with_the_api_and_one_that_is_stopped_with_the_next_start(new_server: NewServer):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_end_with_the_api_and_one_that_is_stopped_with_the_next_start(new_server: NewServer, rank: int):
     server = new_server(RING_SIZE=3)
     server.start()
     ranks = [psutil.Process(pid) for pid in rank_pids(server)]
-    stopped = ranks.pop(1)
+    stopped = ranks.pop(rank)
     stopped.suspend()
     server.kill()
     assert still_running(ranks, 2) == []

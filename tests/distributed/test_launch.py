@@ -50,7 +50,7 @@ def test_a_rank_here_runs_in_the_project_folder(root: Path, tmp_path: Path, rank
     report = run_program(command(root), rank, tmp_path)
     assert report == {
         "cwd": str(root),
-        "argv": ["--instance", "1234", "--socket", "/tmp/a b/s"],
+        "argv": ["--instance", "1234", "--socket", "/tmp/a b/s", "--api-pid", str(os.getpid())],
         "here": "2",
         "stdin": "/dev/null",
     }
