@@ -6,7 +6,9 @@ generation_config.json, that over the neutral value. Called once for each reques
 
 from __future__ import annotations
 
+import math
 import secrets
+from collections.abc import Collection
 from typing import TypeVar
 
 from api.errors import InvalidRequest
@@ -27,10 +29,12 @@ def sampling_params(
     vocab_size: int,
     *,
     grammar: str | None = None,
+    banned_ids: Collection[int] = (),
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """The parameters the ring samples with. A request that names no seed gets one here, so a replay draws the same.
+    `banned_ids` are not drawn, whatever `logit_bias` says.
 
     Raises InvalidRequest for a logit_bias of a token that the model does not have, and where `ignore_eos` would keep
     an answer from ending that a grammar ends.
@@ -51,7 +55,7 @@ def sampling_params(
         repetition_penalty=_first(request.repetition_penalty, model.repetition_penalty, 1.0),
         presence_penalty=_first(request.presence_penalty, 0.0),
         frequency_penalty=_first(request.frequency_penalty, 0.0),
-        logit_bias=_logit_bias(request.logit_bias or {}, vocab_size),
+        logit_bias=_logit_bias(request.logit_bias or {}, vocab_size) | dict.fromkeys(banned_ids, -math.inf),
         seed=seed,
         min_tokens=request.min_tokens or 0,
         grammar=grammar,

@@ -72,6 +72,7 @@ class Service:
             tokenizer.sampling_defaults,
             ready.vocab_size,
             grammar=prompt.grammar,
+            banned_ids=prompt.banned_ids,
             logprobs=chat.num_top_logprobs,
         )
         max_tokens = self._max_tokens(chat.token_limit, len(prompt.token_ids), ready, "messages", may_shrink)

@@ -26,7 +26,7 @@ from api.errors import ContextLengthExceeded
 from api.output.parser import Markers, OutputFormat, part_markers
 from api.output.reader import HiddenTokens, OutputReader
 from api.output.text import REPLACEMENT, TextStream
-from api.output.tool_format import ToolFormat, native_format
+from api.output.tool_format import GENERIC, ToolFormat, native_format
 from api.structured.grammar import SpecialTokens
 
 logger = logging.getLogger(__name__)
@@ -129,6 +129,12 @@ class ChatTokenizer:
         """The model's own format of calls, where its template has a place for tools and mlx-lm can read the calls."""
         has_place = self.template.takes("tools") and self.template.names("tool_calls")
         return native_format(self._tokenizer) if has_place else None
+
+    @cached_property
+    def call_token_id(self) -> int | None:
+        """The token without which the model begins no call, None where what begins one is text."""
+        token_ids = self._encode_exactly((native_format(self._tokenizer) or GENERIC).start)
+        return token_ids[0] if len(token_ids) == 1 and token_ids[0] in self._added_tokens else None
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:

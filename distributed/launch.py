@@ -60,8 +60,8 @@ def ring_command(
 ) -> RingCommand:
     """The mlx.launch call for all ranks of `settings` (of `hosts` where the caller has found them already).
 
-    Rank 0 connects to the unix socket `socket_path`, beside which the launcher's temporary folder is. The ranks here end
-    when this process does. HostError as in `ring_hosts`, RingError without mlx.launch.
+    Rank 0 connects to the unix socket `socket_path`, beside which the launcher's temporary folder is. The ranks here
+    end when this process does. HostError as in `ring_hosts`, RingError without mlx.launch.
     """
     hosts = list(hosts or ring_hosts(settings))
     launcher = Path(sys.executable).with_name("mlx.launch")

@@ -29,6 +29,7 @@ class ChatPrompt:
     token_ids: list[int]
     grammar: str | None
     output: OutputFormat
+    banned_ids: frozenset[int] = frozenset()  # that the answer must not have
 
 
 def chat_prompt(chat: ChatCompletionRequest, tokenizer: ChatTokenizer, max_tokens: int) -> ChatPrompt:
@@ -83,7 +84,7 @@ def _chat_prompt(chat: ChatCompletionRequest, tokenizer: ChatTokenizer) -> ChatP
     rules = _answer_grammar(content, use, tokenizer)
     if rules is not None and variables.thinking is not False:
         rules = _after_reasoning(rules, output, tokenizer)
-    return ChatPrompt(token_ids, rules, output)
+    return ChatPrompt(token_ids, rules, output, _banned_ids(chat, use, tokenizer))
 
 
 # -- the prompt ------------------------------------------------------------------------------------------------------
@@ -143,6 +144,14 @@ def _answer_grammar(content: str | None, use: ToolUse, tokenizer: ChatTokenizer)
         special_tokens=tokenizer.special_tokens,
     )
     return calls if content is None or use.is_required else grammar.either(content, calls)
+
+
+def _banned_ids(chat: ChatCompletionRequest, use: ToolUse, tokenizer: ChatTokenizer) -> frozenset[int]:
+    """A model that finds calls in the conversation writes more of them, also where it is offered no tools."""
+    knows_calls = any(isinstance(message, AssistantMessage) and message.tool_calls for message in chat.messages)
+    if use.tool_format is not None or tokenizer.call_token_id is None:
+        return frozenset()
+    return frozenset([tokenizer.call_token_id] if knows_calls or chat.tool_choice == "none" else [])
 
 
 def _after_reasoning(rules: str, output: OutputFormat, tokenizer: ChatTokenizer) -> str:

@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -10,9 +11,13 @@ from config import Settings
 from server.protocol import SamplingParams
 
 
-def params(model: SamplingDefaults | None = None, settings: Settings | None = None, **fields: Any) -> SamplingParams:
+def chat(**fields: Any) -> ChatCompletionRequest:
     body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}
-    request = ChatCompletionRequest.model_validate(body)
+    return ChatCompletionRequest.model_validate(body)
+
+
+def params(model: SamplingDefaults | None = None, settings: Settings | None = None, **fields: Any) -> SamplingParams:
+    request = chat(**fields)
     return sampling_params(request, settings or Settings(), model or SamplingDefaults(), vocab_size=100)
 
 
@@ -50,3 +55,9 @@ def test_logit_bias_is_for_tokens_of_the_vocabulary():
     with pytest.raises(InvalidRequest, match="token id 100") as raised:
         params(logit_bias={"100": 1})
     assert raised.value.param == "logit_bias"
+
+
+def test_what_is_banned_is_so_whatever_the_request_says():
+    request = chat(logit_bias={"7": 100, "8": 1})
+    made = sampling_params(request, Settings(), SamplingDefaults(), vocab_size=100, banned_ids=[7])
+    assert made.logit_bias == {7: -math.inf, 8: 1}

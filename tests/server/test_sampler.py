@@ -103,6 +103,21 @@ def test_logit_bias_is_added_before_the_choice():
     assert draw(sampler_with(biased, SamplingParams(temperature=0)), logits) == [17, int(logits[1].argmax())]
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_banned_token_is_never_drawn(temperature):
+    logits = np.full((1, VOCAB), -50.0)
+    logits[0, [1, 20]] = [50.0, 1.0]
+    banned = SamplingParams(
+        temperature=temperature,
+        logit_bias={1: -np.inf},
+        repetition_penalty=1.2,
+        presence_penalty=-2.0,
+        frequency_penalty=-2.0,
+        top_p=0.9,
+    )
+    assert draw(sampler_with(banned), logits) == [20]
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_repetition_penalty_counts_prompt_and_output_and_knows_the_sign(sign):
     logits = np.full(VOCAB, -9.0)

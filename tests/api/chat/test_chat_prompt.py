@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -370,8 +371,18 @@ def test_what_must_be_enforced_is_json_for_models_with_another_format(pythonic: 
 
 def test_tools_that_are_not_to_be_used_are_not_offered(qwen: ChatTokenizer):
     made = prompt(qwen, tools=[STRICT_ADD], tool_choice="none")
-    assert made == prompt(qwen)
+    assert dataclasses.replace(made, banned_ids=frozenset()) == prompt(qwen)
     assert made.output.tool_format is None
+
+
+def test_what_begins_a_call_is_banned_where_there_must_be_none(qwen: ChatTokenizer, tiny: ChatTokenizer):
+    banned = frozenset(qwen.encode_prompt("<tool_call>", add_special_tokens=False))
+    assert len(banned) == 1
+    assert prompt(qwen, *ROUND_TRIP, tools=[ADD, GET], tool_choice="none").banned_ids == banned
+    assert prompt(qwen, *ROUND_TRIP).banned_ids == banned, "the model finds calls in the conversation"
+    assert prompt(qwen, *ROUND_TRIP, tools=[ADD, GET]).banned_ids == frozenset()
+    assert prompt(qwen).banned_ids == frozenset(), "a text about calls is free"
+    assert prompt(tiny, *ROUND_TRIP, tools=[ADD], tool_choice="none").banned_ids == frozenset(), "no token begins one"
 
 
 # -- response_format -------------------------------------------------------------------------------------------------
