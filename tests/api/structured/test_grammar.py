@@ -294,11 +294,11 @@ def test_a_large_schema_is_compiled_in_bounded_time(schema: Schema):
 
 def test_the_same_schema_is_compiled_once():
     schema = many(400, {"type": "string", "maxLength": 77})
-    started = time.monotonic()
+    started = time.process_time()
     first = grammar_of(schema)
-    compiled = time.monotonic()
+    compiled = time.process_time()
     assert grammar_of(json.loads(json.dumps(schema))) == first
-    assert time.monotonic() - compiled < (compiled - started) / 3
+    assert time.process_time() - compiled < (compiled - started) / 3
 
 
 # -- tools -----------------------------------------------------------------------------------------------------------
