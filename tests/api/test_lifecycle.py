@@ -79,7 +79,7 @@ def rank_pids(server: RunningServer) -> list[int]:
 
 
 def still_running(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that do not end. One that nobody has waited for yet has ended. `bench.faults` measures how long it takes."""
+    """Those that do not end; one that nobody has waited for yet has. `bench.faults` measures how long it takes."""
     deadline = time.monotonic() + END_S
     while running := [process for process in processes if runs(process)]:
         if time.monotonic() > deadline:
