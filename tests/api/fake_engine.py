@@ -49,9 +49,9 @@ class FakeEngine:
         assert isinstance(await engine.read(), Configure)
         return engine
 
-    async def read(self) -> Any:
+    async def read(self, timeout_s: float = 5) -> Any:
         """The api's next message."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(timeout_s):
             length = int.from_bytes(await self._reader.readexactly(4), "big")
             return _to_engine.decode(await self._reader.readexactly(length))
 

@@ -68,7 +68,13 @@ class Served:
 
 @asynccontextmanager
 async def served(
-    folder: Path, model: Path, ready: dict[str, Any] | None = None, *, max_connections: int = 1000, **keys: Any
+    folder: Path,
+    model: Path,
+    ready: dict[str, Any] | None = None,
+    *,
+    host: str = "127.0.0.1",
+    max_connections: int = 1000,
+    **keys: Any,
 ) -> AsyncIterator[Served]:
     """`ready`: changes to what the ring says it can; `keys`: settings."""
     settings = Settings(model_name="tiny", model_repo=str(model), project_root=folder, **keys)
@@ -87,6 +93,7 @@ async def served(
             create_app(settings, client, supervisor),
             http=Connections(max_connections=max_connections, silence_s=settings.request_timeout).accept,  # pyright: ignore[reportArgumentType]
             timeout_keep_alive=KEEP_ALIVE_S,
+            host=host,
             port=port,
             log_config=None,
             lifespan="off",
@@ -98,7 +105,7 @@ async def served(
     async with connected(client, folder, about) as engine:
         supervisor.tokenizer, supervisor.state, supervisor.detail = tokenizer, "ready", ""
         await http_server.startup()
-        url = f"http://127.0.0.1:{port}"
+        url = f"http://{host}:{port}"
         async with httpx.AsyncClient(base_url=url, timeout=10) as http:
             yield Served(http, engine, client, supervisor, tokenizer, url)
         # Uvicorn's own end takes its time in tenths of a second.

@@ -23,6 +23,17 @@ class Host:
     address: str
     home: Path
     link: str  # this machine's end of the cable; `cut` pulls it, `mend` plugs it in
+    namespace: str
+
+    @contextmanager
+    def running(self, *argv: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A process there, for as long as the block lasts."""
+        process = subprocess.Popen([str(_tool("ip")), "netns", "exec", self.namespace, *argv], stdin=subprocess.DEVNULL)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
     def cut(self) -> None:
         _ip("link", "set", self.link, "down")
@@ -71,7 +82,7 @@ def make_hosts(folder: Path, count: int) -> Iterator[Hosts]:
     for key in ("key", "hostkey"):
         subprocess.run([str(_tool("ssh-keygen")), "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
     Path("/run/sshd").mkdir(parents=True, exist_ok=True)
-    others = [Host(f"{subnet}.{n}", folder / f"home {n}", f"{mark}v{n}") for n in range(2, count + 2)]
+    others = [Host(f"{subnet}.{n}", folder / f"home {n}", f"{mark}v{n}", f"{mark}n{n}") for n in range(2, count + 2)]
     hidden = folder / "only here"
     hidden.mkdir()
     servers: list[subprocess.Popen[bytes]] = []
@@ -81,8 +92,8 @@ def make_hosts(folder: Path, count: int) -> Iterator[Hosts]:
         _ip("link", "set", mark, "up")
         for n, host in enumerate(others, start=2):
             host.home.mkdir()
-            _add_namespace(f"{mark}n{n}", mark, host, f"{mark}e{n}")
-            servers.append(_start_sshd(f"{mark}n{n}", folder, hidden, host))
+            _add_namespace(host, mark, f"{mark}e{n}")
+            servers.append(_start_sshd(host, folder, hidden))
         ssh_config = folder / "ssh config"
         ssh_config.write_text(
             f'Host {subnet}.*\n  IdentityFile "{folder / "key"}"\n  IdentitiesOnly yes\n'
@@ -96,23 +107,23 @@ def make_hosts(folder: Path, count: int) -> Iterator[Hosts]:
         for server in servers:
             server.terminate()
             server.wait()
-        for n, host in enumerate(others, start=2):
+        for host in others:
             _try_ip("link", "del", host.link)
-            _try_ip("netns", "del", f"{mark}n{n}")
+            _try_ip("netns", "del", host.namespace)
         _try_ip("link", "del", mark)
 
 
-def _add_namespace(namespace: str, bridge: str, host: Host, inner: str) -> None:
-    _ip("netns", "add", namespace)
+def _add_namespace(host: Host, bridge: str, inner: str) -> None:
+    _ip("netns", "add", host.namespace)
     _ip("link", "add", host.link, "type", "veth", "peer", "name", inner)
     _ip("link", "set", host.link, "master", bridge, "up")
-    _ip("link", "set", inner, "netns", namespace)
-    _ip("-n", namespace, "addr", "add", f"{host.address}/24", "dev", inner)
-    _ip("-n", namespace, "link", "set", inner, "up")
-    _ip("-n", namespace, "link", "set", "lo", "up")
+    _ip("link", "set", inner, "netns", host.namespace)
+    _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", inner)
+    _ip("-n", host.namespace, "link", "set", inner, "up")
+    _ip("-n", host.namespace, "link", "set", "lo", "up")
 
 
-def _start_sshd(namespace: str, folder: Path, hidden: Path, host: Host) -> subprocess.Popen[bytes]:
+def _start_sshd(host: Host, folder: Path, hidden: Path) -> subprocess.Popen[bytes]:
     options = {
         "ListenAddress": f"{host.address}:22",
         "HostKey": f'"{folder / "hostkey"}"',
@@ -129,7 +140,7 @@ def _start_sshd(namespace: str, folder: Path, hidden: Path, host: Host) -> subpr
         sshd += ["-o", f"{name}={value}"]
     # `ip netns exec` gives the command mounts of its own, so this hides the folder there and nowhere else.
     script = f"mount -t tmpfs none {shlex.quote(str(hidden))} && exec {shlex.join(sshd)}"
-    argv = [str(_tool("ip")), "netns", "exec", namespace, "/bin/sh", "-c", script]
+    argv = [str(_tool("ip")), "netns", "exec", host.namespace, "/bin/sh", "-c", script]
     return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
