@@ -174,7 +174,7 @@ def note(number: int, done: Round, server: Server) -> None:
 def show(title: str, rounds: Sequence[Round]) -> bool:
     """Prints the table; whether all is well."""
     columns = ["fault", "victim", "rounds", "streams equal", "start-up", "pause p50", "worst"]
-    columns += ["pause − start-up p50", "worst", "aim"]
+    columns += ["pause − start-up p50", "worst", "aim", "of it ready to next piece p50", "worst"]
     kinds = sorted({(each.fault, each.victim) for each in rounds})
     rows = [row(kind, victim, [r for r in rounds if (r.fault, r.victim) == (kind, victim)]) for kind, victim in kinds]
     print(f"\n**{title}**, {len(rounds)} rounds\n\n{table(columns, rows)}", flush=True)
@@ -185,6 +185,7 @@ def row(fault: str, victim: str, rounds: Sequence[Round]) -> list[str]:
     pauses = [pause for each in rounds for pause in each.pauses]
     starts = [each.start_up_s for each in rounds if each.start_up_s is not None]
     beyond = [pause - each.start_up_s for each in rounds if each.start_up_s is not None for pause in each.pauses]
+    first_pieces = [seconds for each in rounds for seconds in each.first_pieces]
     num_streams = sum(each.num_streams for each in rounds)
     num_equal = num_streams - sum(len(each.differences) for each in rounds)
     return [
@@ -198,6 +199,8 @@ def row(fault: str, victim: str, rounds: Sequence[Round]) -> list[str]:
         cell(median(beyond), 1),
         cell(max(beyond, default=float("nan")), 1),
         f"{AIMS_S[fault]:.0f}" if beyond and fault in AIMS_S else NONE,
+        cell(median(first_pieces), 1),
+        cell(max(first_pieces, default=float("nan")), 1),
     ]
 
 

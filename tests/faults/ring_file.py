@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ class Ring:
     launcher_pid: int
     rank_pids: tuple[int, ...]  # none while it starts
     written_at: float  # seconds of time.time
+    seen_at: float  # seconds of time.monotonic
 
     @property
     def serves(self) -> bool:
@@ -52,7 +54,7 @@ class RingFile:
         if (version.st_ino, version.st_mtime_ns) != self._seen:
             self._seen = version.st_ino, version.st_mtime_ns
             pids = tuple(rank["pid"] for rank in sorted(said["ranks"], key=lambda rank: rank["rank"]))
-            self.rings.append(Ring(said["launcher_pid"], pids, version.st_mtime))
+            self.rings.append(Ring(said["launcher_pid"], pids, version.st_mtime, time.monotonic()))
 
     async def run(self) -> None:
         """Looks until it is cancelled."""

@@ -54,6 +54,7 @@ class Round:
     differences: list[str]  # a line for each stream that was not as it is undisturbed
     pauses: list[float]  # of each stream that had not ended, its longest wait after the fault
     start_up_s: float | None  # of the ring that came after it, None where the old one went on
+    first_pieces: list[float]  # of each stream that it served, from when it was ready
     left_over: list[str]  # processes of earlier rings
 
     @property
@@ -120,7 +121,12 @@ async def run_round(
         len(streams),
         differences,
         pauses=[stream.pause_after(blow.struck_at) for stream in streams if (stream.ended_at or 0) > blow.struck_at],
-        start_up_s=ring_file.start_up_s(),
+        start_up_s=(start_up_s := ring_file.start_up_s()),
+        first_pieces=[
+            seconds
+            for stream in streams
+            if start_up_s is not None and (seconds := stream.next_after(ring_file.now.seen_at)) is not None
+        ],
         left_over=_left_over(server.root, ring_file.now),
     )
 

@@ -142,6 +142,11 @@ class Stream:
         starts = [moment, *self.arrivals]
         return max((end - max(start, moment) for start, end in zip(starts, ends) if end > moment), default=0.0)
 
+    def next_after(self, moment: float) -> float | None:
+        """How long after `moment` its next piece or the end came; None where it had ended."""
+        later = [arrival for arrival in (*self.arrivals, self.ended_at or moment) if arrival > moment]
+        return min(later) - moment if later else None
+
     def take(self, event: dict[str, Any]) -> bool:
         """Whether it held a piece of the answer."""
         if "error" in event:
