@@ -50,7 +50,7 @@ def tool_use(chat: ChatCompletionRequest, native: ToolFormat | None) -> ToolUse:
         or any(function.strict for function in functions)
         or not isinstance(chat.response_format, TextFormat | None)
     )
-    is_native = native is not None and (native.is_json or not enforced)
+    is_native = native is not None and (native.is_enforceable or not enforced)
     return ToolUse(
         is_native=is_native,
         offered=tuple(_for_template(tool) for tool in chat.tools),
