@@ -26,7 +26,8 @@ STOPS = ("<|return|>", "<|call|>")  # end an answer
 # What the parser is shown for these tokens: halves of surrogate pairs, which are in no decoded text. So an answer that
 # spells a token out, to explain the format, is text.
 SHOWN_AS: Mapping[str, str] = {token: chr(0xDC00 + place) for place, token in enumerate(TOKENS)}
-_START, _CHANNEL, _CONSTRAIN, _MESSAGE, *_ENDS = SHOWN_AS.values()
+_START, _CHANNEL, _CONSTRAIN, _MESSAGE, _END, _RETURN, _CALL = SHOWN_AS.values()
+_ENDS = (_END, _RETURN, _CALL)
 _ANY_SHOWN = re.compile(f"[{''.join(SHOWN_AS.values())}]")
 
 # Parts of an answer beyond the parser's own. In all of them text is dropped.
@@ -43,17 +44,22 @@ def is_spoken(vocabulary: Collection[str], templates: Iterable[str]) -> bool:
 
 
 def markers(content: str, reasoning: str, call: str | None) -> dict[str, dict[str, str]]:
-    """The table, given the parser's names for its parts. `call`: None where there are no tools to call."""
+    """The table, given the parser's names for its parts. `call`: None where there are no tools to call.
+
+    Whatever is broken off, as gpt-oss does now and then (llama.cpp#27720), the next header is read as any.
+    """
     to_reasoning, to_content = f"header of {reasoning}", f"header of {content}"
     named = {"to=": _RECIPIENT, "analysis": to_reasoning, "final": to_content, "commentary": to_content}
-    in_text = {_START: HEADER, _CHANNEL: HEADER, **dict.fromkeys(_ENDS, HEADER)}
+    over = dict.fromkeys([_START, *_ENDS], HEADER)
+    anew = {**over, _CHANNEL: HEADER}
     table = {
         HEADER: {**named, _MESSAGE: content},  # of a message without a channel it is better to show too much
-        to_reasoning: {"to=": _RECIPIENT, _MESSAGE: reasoning},
-        to_content: {"to=": _RECIPIENT, _MESSAGE: content},
-        _RECIPIENT: {_MESSAGE: _UNHEARD},
-        **{part: {**in_text, _MESSAGE: part, _CONSTRAIN: part} for part in (content, reasoning)},
-        _UNHEARD: in_text,
+        to_reasoning: {**anew, "to=": _RECIPIENT, _MESSAGE: reasoning},
+        to_content: {**anew, "to=": _RECIPIENT, _MESSAGE: content},
+        _RECIPIENT: {**over, _MESSAGE: _UNHEARD},
+        reasoning: {**anew, _MESSAGE: reasoning, _CONSTRAIN: reasoning},
+        content: {**anew, _MESSAGE: content, _CONSTRAIN: content},
+        _UNHEARD: anew,
     }
     if call is not None:
         table[_RECIPIENT]["functions."] = call
@@ -61,42 +67,37 @@ def markers(content: str, reasoning: str, call: str | None) -> dict[str, dict[st
 
 
 class HarmonyCallReader(CallReader):
-    """For what follows `to=functions.`: the name, the rest of the header, the arguments as they come."""
+    """For what follows `to=functions.`: once the header is whole the name, then the arguments as they come."""
+
+    _NAME = re.compile(rf"[^\s{''.join(SHOWN_AS.values())}]+")
 
     def __init__(self, tool_format: ToolFormat, tools: Sequence[dict[str, Any]]) -> None:
         super().__init__(tool_format, tools)
-        self._name = Finder([" ", "\n", *SHOWN_AS.values()])
         self._header = Finder([_MESSAGE, _START, *_ENDS])
+        self._header_text = ""
         self._arguments = Finder([_START, *_ENDS])
-        self._text = ""  # of the name so far
         self._has_arguments = False
 
     def add(self, text: str) -> list[Piece]:
         pieces: list[Piece] = []
-        if self._name.found is None:
-            self._text += self._name.add(text)
-            if self._name.found is None:
-                return []
-            if self._text:
-                pieces.append(FoundCall(self._text, ""))
-            text = self._name.found + self._name.rest()
         if self._header.found is None:
-            self._header.add(text)
+            self._header_text += self._header.add(text)
             if self._header.found is None:
-                return pieces
-            if self._header.found != _MESSAGE:  # it breaks off
-                self.rest = self._header.found + self._header.rest()
-                return pieces
+                return []
+            name = self._NAME.match(self._header_text)
+            if name is None or self._header.found != _MESSAGE:  # it is broken off
+                self.rest = _END + self._header.rest()
+                return []
+            pieces.append(FoundCall(name[0], ""))
             text = self._header.rest()
-        arguments = _ANY_SHOWN.sub("", self._arguments.add(text)) if self._text else ""
+        arguments = _ANY_SHOWN.sub("", self._arguments.add(text))
         self._has_arguments = self._has_arguments or bool(arguments)
         if self._arguments.found is not None:
             self.rest = self._arguments.found + self._arguments.rest()
-            if self._text and not self._has_arguments:
-                arguments = "{}"
+            arguments = arguments if self._has_arguments else "{}"
         return [*pieces, arguments] if arguments else pieces
 
     def finish(self) -> list[Piece]:
-        """A call that was cut stays as far as it came; half a name is nothing."""
+        """A call that was cut stays as far as it came."""
         self.rest = ""
         return []
