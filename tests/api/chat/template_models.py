@@ -166,7 +166,9 @@ HARMONY = """
             {%- endif %}
             {%- set later = namespace(final=false) %}
             {%- for other in said[loop.index:] %}
-                {%- if other.role == 'assistant' and 'tool_calls' not in other %}{%- set later.final = true %}{%- endif %}
+                {%- if other.role == 'assistant' and 'tool_calls' not in other %}
+                    {%- set later.final = true %}
+                {%- endif %}
             {%- endfor %}
             {%- set thought = message.content or message.thinking %}
             {%- if thought and not later.final %}

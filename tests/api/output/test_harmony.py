@@ -151,7 +151,7 @@ def test_an_answer_may_end_anywhere(output: OutputFormat):
     text = shown(f"{THOUGHT}{NEXT}{PREAMBLE}{NEXT}{CALL}<|call|>")
     arguments_at = text.index("{")
     for length in range(len(text)):
-        parts = dict.fromkeys(("reasoning", "content"), "")
+        parts: dict[str, str] = {"reasoning": "", "content": ""}
         calls = []
         for part in parsed(output, *text[:length]):
             if part[0] == "call":
