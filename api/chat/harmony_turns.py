@@ -54,13 +54,18 @@ def _said(turns: Sequence[Turn]) -> Iterator[Turn]:
         for turn in group:
             if turn["role"] == "tool":
                 results.setdefault(turn["tool_call_id"], []).append(turn)
-            elif not calls:
+            elif not calls and not _is_silent(turn):
                 yield turn
         for number, call in enumerate(calls):
             yield _calling(group[0], call, is_first=number == 0)
             yield from results.pop(call["id"], ())
         for of_other_call in results.values():  # one that is not in front of it, so it goes by no name
             yield from ({"role": "user", "content": result_text(result["content"])} for result in of_other_call)
+
+
+def _is_silent(turn: Turn) -> bool:
+    """An answer that was cut while it reasoned. The template would show an empty one, and take it for a final one."""
+    return turn["role"] == "assistant" and not turn["content"]
 
 
 def _calling(turn: Turn, call: dict[str, Any], *, is_first: bool) -> Turn:

@@ -109,6 +109,13 @@ def test_reasoning_is_shown_until_the_answer_is_final(model: ChatTokenizer):
     assert "<|start|>assistant<|channel|>final<|message|>Done.<|end|><|start|>user<|message|>And?" in written
 
 
+def test_an_answer_that_was_cut_while_it_reasoned_is_left_out(model: ChatTokenizer):
+    calling = [user("Go."), assistant(None, "hm", call("get", "{}", "1")), result("ONE", "1")]
+    turns = [*calling, assistant("", "so"), user("Go on.")]
+    assert after_instructions(model, *turns) == after_instructions(model, *calling, user("Go on."))
+    assert "hm" in after_instructions(model, *turns)
+
+
 def test_results_without_a_call_before_them_are_text(model: ChatTokenizer):
     text_of_result = "<|start|>user<|message|><tool_response>\nONE\n</tool_response><|end|>"
     one = result("ONE", "1")
