@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.output.harmony import BETWEEN_MESSAGES, HEADER, SHOWN_AS, TOKENS
@@ -232,6 +232,7 @@ FRAGMENTS = [
 ]  # fmt: skip
 
 
+@settings(deadline=None)  # the machine's other work is no part of it
 @given(
     fragments=st.lists(st.sampled_from(FRAGMENTS), max_size=16),
     cuts=st.lists(st.integers(0, 400), max_size=12),
@@ -251,6 +252,7 @@ def test_where_the_text_is_cut_never_matters(
         "".join(texts).encode()  # what stands for a token is in none of them
 
 
+@settings(deadline=None)  # the machine's other work is no part of it
 @given(
     fragments=st.lists(st.sampled_from(FRAGMENTS), max_size=16),
     steps=st.lists(st.integers(1, 9), max_size=9),
