@@ -23,10 +23,11 @@ from mlx_lm.utils import load_config, load_tokenizer
 
 from api.chat.template import ChatTemplate
 from api.errors import ContextLengthExceeded
-from api.output.parser import Markers, OutputFormat, part_markers
+from api.output import harmony
+from api.output.parser import CALL, CONTENT, REASONING, Markers, OutputFormat, part_markers
 from api.output.reader import HiddenTokens, OutputReader
 from api.output.text import REPLACEMENT, TextStream
-from api.output.tool_format import GENERIC, ToolFormat, native_format
+from api.output.tool_format import GENERIC, HARMONY, ToolFormat, native_format
 from api.structured.grammar import SpecialTokens
 
 logger = logging.getLogger(__name__)
@@ -55,9 +56,9 @@ class ChatTokenizer:
         self._tokenizer: TokenizerWrapper = load_tokenizer(path, extra, eos_token_ids=config.get("eos_token_id"))
         self.path = path
         self.sampling_defaults = _sampling_defaults(path)
-        self.stop_token_ids: list[int] = sorted(self._tokenizer.eos_token_ids)
         self.fingerprint = f"fp_{hashlib.sha256((path / 'config.json').read_bytes()).hexdigest()[:10]}"
         self.template = ChatTemplate(self._tokenizer)
+        self.stop_token_ids: list[int] = sorted(self._stop_token_ids())
         if not self.template.exists:
             logger.warning("%s has no chat template: chat requests will be refused", path)
 
@@ -112,10 +113,14 @@ class ChatTokenizer:
 
     def output_reader(self, output: OutputFormat, stop: Sequence[str]) -> OutputReader:
         """For one choice of the answer to a request."""
-        in_markers = {token_id for marker in output.all_markers for token_id in self._encode_exactly(marker)}
-        markers = in_markers & self._special_ids
-        shows_special = bool(markers) or (output.tool_format is not None and not output.tool_format.is_json)
-        hidden = HiddenTokens(self._never_text, self._special_ids, markers)
+        if output.shown_as:
+            shown_as = {self._id_of(token): text for token, text in output.shown_as.items()}
+            hidden, shows_special = HiddenTokens(self._never_text, self._special_ids, frozenset(), shown_as), False
+        else:
+            in_markers = {token_id for marker in output.all_markers for token_id in self._encode_exactly(marker)}
+            markers = in_markers & self._special_ids
+            hidden = HiddenTokens(self._never_text, self._special_ids, markers)
+            shows_special = bool(markers) or (output.tool_format is not None and not output.tool_format.is_json)
         text = TextStream(self._tokenizer.detokenizer)
         if output.continues_text:
             for token_id in self._encode_exactly("a"):  # no matter what: now a leading space is not dropped
@@ -128,7 +133,9 @@ class ChatTokenizer:
     def native_tools(self) -> ToolFormat | None:
         """The model's own format of calls, where its template has a place for tools and mlx-lm can read the calls."""
         has_place = self.template.takes("tools") and self.template.names("tool_calls")
-        return native_format(self._tokenizer) if has_place else None
+        if not has_place:
+            return None
+        return HARMONY if self.template.is_harmony else native_format(self._tokenizer)
 
     @cached_property
     def call_token_id(self) -> int | None:
@@ -140,6 +147,10 @@ class ChatTokenizer:
     def special_tokens(self) -> SpecialTokens:
         """As grammars name them."""
         return SpecialTokens.of(self._added_tokens, self.stop_token_ids)
+
+    @property
+    def can_think(self) -> bool:
+        return self.template.is_harmony or self.thinking_markers is not None
 
     @property
     def thinking_markers(self) -> tuple[str, str] | None:
@@ -155,14 +166,25 @@ class ChatTokenizer:
 
     def markers(self, tool_format: ToolFormat | None) -> Markers:
         """The markers of an answer in which calls are written in this format."""
+        if self.template.is_harmony:
+            return harmony.markers(CONTENT, REASONING, CALL if tool_format else None)
         return part_markers(self._tokenizer, tool_format)
 
     @property
     def first_part(self) -> str | None:
         """The part that every answer begins in, where the model has such a thing."""
-        return self._tokenizer.response_initial_state
+        return harmony.HEADER if self.template.is_harmony else self._tokenizer.response_initial_state
 
     # -- its tokens --------------------------------------------------------------------------------------------------
+
+    def _stop_token_ids(self) -> set[int]:
+        stops: set[int] = set(self._tokenizer.eos_token_ids)
+        if self.template.is_harmony:  # where the folder names only one of them
+            stops |= {self._id_of(token) for token in harmony.STOPS}
+        return stops
+
+    def _id_of(self, token: str) -> int:
+        return self._tokenizer.convert_tokens_to_ids(token)
 
     def _encode_exactly(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)

@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from api.chat.harmony_turns import harmony_turns
 from api.chat.template_variables import TemplateVariables, template_variables
 from api.chat.tool_use import ToolUse, tool_use
 from api.chat.turns import Turn, generic_turns, native_turns
 from api.errors import InvalidRequest, UnsupportedParameter
+from api.output import harmony
 from api.output.parser import CONTENT, REASONING, OutputFormat
 from api.schemas.chat import AssistantMessage, ChatCompletionRequest, JsonObjectFormat, JsonSchemaFormat, Message
 from api.structured import grammar
+from api.structured.harmony import harmony_answer
 from api.tokenizer import ChatTokenizer, context_length_exceeded
 
 _IDS_OF_NINE = "[TOOL_CALLS]"  # templates of models that begin calls so refuse other ids
@@ -51,7 +54,10 @@ def chat_prompt(chat: ChatCompletionRequest, tokenizer: ChatTokenizer, max_token
 
 
 def _chat_prompt(chat: ChatCompletionRequest, tokenizer: ChatTokenizer) -> ChatPrompt:
+    is_harmony = tokenizer.template.is_harmony
     use = tool_use(chat, tokenizer.native_tools)
+    if is_harmony and use.offered and not use.is_native:
+        raise UnsupportedParameter("The served model's chat template has no place for 'tools'.", param="tools")
     variables = template_variables(chat, tokenizer.template)
     content = _content_grammar(chat)
     continues = bool(chat.continue_final_message)
@@ -59,7 +65,7 @@ def _chat_prompt(chat: ChatCompletionRequest, tokenizer: ChatTokenizer) -> ChatP
     try:
         token_ids = render(chat.messages)
     except InvalidRequest as error:
-        if not use.is_native:
+        if not use.is_native or is_harmony:
             raise
         # Templates have rules of their own for tools; what is only text they may still take.
         use = use.generic()
@@ -73,18 +79,30 @@ def _chat_prompt(chat: ChatCompletionRequest, tokenizer: ChatTokenizer) -> ChatP
         token_ids = _without_thinking(token_ids, tokenizer, variables)
     output = OutputFormat(
         markers=tokenizer.markers(use.tool_format),
-        first=REASONING if tokenizer.is_in_thinking(token_ids) else tokenizer.first_part or CONTENT,
+        first=_first_part(token_ids, tokenizer, continues=continues),
         tool_format=use.tool_format,
         tools=use.offered,
         only_calls=use.is_required,
         only_one_call=not use.is_parallel,
-        content_is_enforced=content is not None,
+        content_is_enforced=content is not None and not is_harmony,  # there no text is taken for a marker
         continues_text=continues,
+        between_messages=harmony.BETWEEN_MESSAGES if is_harmony else "",
+        shown_as=harmony.SHOWN_AS if is_harmony else {},
     )
+    if is_harmony:
+        rules = _harmony_grammar(content, use, variables, tokenizer, continues=continues)
+        return ChatPrompt(token_ids, rules, output)
     rules = _answer_grammar(content, use, tokenizer)
     if rules is not None and variables.thinking is not False:
         rules = _after_reasoning(rules, output, tokenizer)
-    return ChatPrompt(token_ids, rules, output, _banned_ids(chat, use, tokenizer))
+    return ChatPrompt(token_ids, rules, output, _banned_ids(use, tokenizer))
+
+
+def _first_part(token_ids: list[int], tokenizer: ChatTokenizer, *, continues: bool) -> str:
+    """The part that the answer begins in."""
+    if tokenizer.is_in_thinking(token_ids):
+        return REASONING
+    return CONTENT if continues else tokenizer.first_part or CONTENT
 
 
 # -- the prompt ------------------------------------------------------------------------------------------------------
@@ -104,7 +122,11 @@ def _render(
         return template.render(turns, variables=variables.values, continues=continues)
     native = tokenizer.native_tools
     short_ids = native is not None and native.start == _IDS_OF_NINE
-    turns: list[Turn] = native_turns(messages, template, short_ids=short_ids)
+    turns: list[Turn]
+    if template.is_harmony:
+        turns = harmony_turns(messages, template)
+    else:
+        turns = native_turns(messages, template, short_ids=short_ids)
     return template.render(turns, use.offered, variables.values, continues=continues)
 
 
@@ -146,12 +168,26 @@ def _answer_grammar(content: str | None, use: ToolUse, tokenizer: ChatTokenizer)
     return calls if content is None or use.is_required else grammar.either(content, calls)
 
 
-def _banned_ids(chat: ChatCompletionRequest, use: ToolUse, tokenizer: ChatTokenizer) -> frozenset[int]:
-    """A model that finds calls in the conversation writes more of them, also where it is offered no tools."""
-    knows_calls = any(isinstance(message, AssistantMessage) and message.tool_calls for message in chat.messages)
-    if use.tool_format is not None or tokenizer.call_token_id is None:
-        return frozenset()
-    return frozenset([tokenizer.call_token_id] if knows_calls or chat.tool_choice == "none" else [])
+def _harmony_grammar(
+    content: str | None, use: ToolUse, variables: TemplateVariables, tokenizer: ChatTokenizer, *, continues: bool
+) -> str | None:
+    """The same for a model that writes harmony, its reasoning and the lack of it included."""
+    functions = use.callable if use.tool_format is not None else ()
+    is_free = content is None and not (functions and use.is_enforced) and not use.is_forbidden
+    if is_free and variables.thinking is not False:
+        return None
+    return harmony_answer(
+        tokenizer.special_tokens.ids,
+        content=content,
+        functions=functions,
+        calls_only=use.is_required,
+        reasons=variables.thinking is not False,
+        is_begun=continues,
+    )
+
+
+def _banned_ids(use: ToolUse, tokenizer: ChatTokenizer) -> frozenset[int]:
+    return frozenset([tokenizer.call_token_id] if use.is_forbidden and tokenizer.call_token_id is not None else [])
 
 
 def _after_reasoning(rules: str, output: OutputFormat, tokenizer: ChatTokenizer) -> str:

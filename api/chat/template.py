@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _get_template_variables, encode_marked_chat, mark_control_tokens
 
 from api.errors import InvalidRequest, UnsupportedParameter
+from api.output import harmony
 
 # What a template does with messages it was not written for, besides raising an error of its own.
 _TEMPLATE_ERRORS = (
@@ -35,6 +36,7 @@ class ChatTemplate:
         self._is_function = tokenizer._chat_template is not None  # one of mlx-lm's own
         self._is_jinja = not self._is_function and renderer is PreTrainedTokenizerBase.apply_chat_template
         self.exists: bool = tokenizer.has_chat_template
+        self.is_harmony: bool = self._is_jinja and harmony.is_spoken(tokenizer.get_vocab(), self._sources)
 
     # -- what it has a place for -------------------------------------------------------------------------------------
 
@@ -67,6 +69,8 @@ class ChatTemplate:
     @property
     def can_think(self) -> bool:
         """Whether the model thinks before it answers. To have the tokens for it is not enough: whole families do."""
+        if self.is_harmony:
+            return True
         start, end = self._tokenizer.think_start, self._tokenizer.think_end
         if not start or not end:
             return False

@@ -18,6 +18,7 @@ from api.schemas.chat import ChatCompletionRequest
 # Arguments of transformers that are not for the template, or that the request says in other fields.
 _OURS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"} - {"documents"}
 _SWITCH = "enable_thinking"  # whatever the template calls it
+_HARMONY_EFFORTS = ("low", "medium", "high")  # that gpt-oss was trained with
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,31 @@ def template_variables(chat: ChatCompletionRequest, template: ChatTemplate) -> T
                 "leave it out, or send 'none'.",
                 param="reasoning_effort",
             )
+    if template.is_harmony:
+        _check_harmony(values, effort, thinking)
     if thinking is not None and template.thinking_switch is not None:
         values[template.thinking_switch] = thinking
     return TemplateVariables(values, thinking)
+
+
+def _check_harmony(values: dict[str, Any], effort: str | None, thinking: bool | None) -> None:
+    """Its template writes any effort into the prompt, and offers tools that nobody here runs."""
+    if "builtin_tools" in values:
+        raise UnsupportedParameter(
+            "Unsupported parameter: 'chat_template_kwargs.builtin_tools'. This server runs no tools; "
+            "offer functions of your own in 'tools'.",
+            param="chat_template_kwargs.builtin_tools",
+        )
+    if thinking is False and values.get("reasoning_effort", "none") == "none":  # a grammar sees to it
+        values["reasoning_effort"] = _HARMONY_EFFORTS[0]
+    if effort not in (None, "none", *_HARMONY_EFFORTS):
+        raise UnsupportedParameter(
+            f"Unsupported value: 'reasoning_effort' does not support '{effort}' with the served model; "
+            "send 'none', 'low', 'medium' or 'high'.",
+            param="reasoning_effort",
+        )
+    if values.get("reasoning_effort", "low") not in _HARMONY_EFFORTS:
+        raise _invalid("reasoning_effort", "the served model knows 'low', 'medium' and 'high'")
 
 
 def _switch(values: dict[str, Any], template: ChatTemplate) -> bool | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from api.output.tool_format import GENERIC, ToolFormat
-from api.schemas.chat import AllowedTools, ChatCompletionRequest, NamedTool, TextFormat, Tool
+from api.schemas.chat import AllowedTools, AssistantMessage, ChatCompletionRequest, NamedTool, TextFormat, Tool
 from api.structured.grammar import Function
 
 _NO_PARAMETERS = {"type": "object", "properties": {}}
@@ -24,6 +24,7 @@ class ToolUse:
     callable: tuple[Function, ...] = ()
     is_enforced: bool = False  # calls fit a grammar
     is_required: bool = False  # the answer is nothing but calls
+    is_forbidden: bool = False  # no calls, where the model may think of some
     is_parallel: bool = True  # there may be several
 
     def generic(self) -> ToolUse:
@@ -35,7 +36,9 @@ def tool_use(chat: ChatCompletionRequest, native: ToolFormat | None) -> ToolUse:
     """`native`: the model's own format, if it has one."""
     choice = chat.tool_choice or "auto"
     if not chat.tools or choice == "none":
-        return ToolUse(is_native=native is not None)
+        # A model that finds calls in the conversation writes more of them, also where it is offered no tools.
+        has_calls = any(isinstance(message, AssistantMessage) and message.tool_calls for message in chat.messages)
+        return ToolUse(is_native=native is not None, is_forbidden=has_calls or choice == "none")
     required, parallel = choice == "required", chat.parallel_tool_calls is not False
     names = {tool.function.name for tool in chat.tools}
     if isinstance(choice, NamedTool):
@@ -50,7 +53,7 @@ def tool_use(chat: ChatCompletionRequest, native: ToolFormat | None) -> ToolUse:
         or any(function.strict for function in functions)
         or not isinstance(chat.response_format, TextFormat | None)
     )
-    is_native = native is not None and (native.is_json or not enforced)
+    is_native = native is not None and (native.is_enforceable or not enforced)
     return ToolUse(
         is_native=is_native,
         offered=tuple(_for_template(tool) for tool in chat.tools),

@@ -26,6 +26,7 @@ _OWN_NAMES = {
     "response_format": "output_config.format",
     "stop": "stop_sequences",
     "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
+    "reasoning_effort": "output_config.effort",
 }
 _OWN_ENDS = {
     ".tool_calls": ".content",

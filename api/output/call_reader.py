@@ -2,6 +2,7 @@
 
 `JsonCallReader` gives a call's name as soon as it is certain, and the arguments as the model writes them;
 `WholeCallReader` waits for the end and lets mlx-lm's parser read it. Text that turns out to be no call is given back.
+The reader of harmony's calls is with the rest of that format, in `api.output.harmony`.
 """
 
 from __future__ import annotations

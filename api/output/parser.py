@@ -17,6 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from api.output.call_reader import CallReader, JsonCallReader, Piece, WholeCallReader
 from api.output.deltas import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
+from api.output.harmony import HarmonyCallReader
 from api.output.text import Finder
 from api.output.tool_format import FoundCall, ToolFormat
 
@@ -37,6 +38,8 @@ class OutputFormat:
     only_one_call: bool = False
     content_is_enforced: bool = False  # by a grammar: once it has begun, it may quote any marker
     continues_text: bool = False  # of the prompt, so a space that it begins with is text
+    between_messages: str = ""  # put between texts of one kind that are messages of their own
+    shown_as: Mapping[str, str] = field(default_factory=dict)  # special tokens: what the parser is shown for them
 
     @classmethod
     def plain(cls) -> OutputFormat:
@@ -76,6 +79,8 @@ class OutputParser:
         self._deltas: list[Delta] = []  # that nobody has taken yet
         self._num_calls = 0
         self._call: CallReader | None = None
+        self._has_said: set[str] = set()  # parts of which there was text
+        self._part = output.first
         self._enter(output.first)
         self._skips_newlines = output.first != CONTENT
 
@@ -158,11 +163,11 @@ class OutputParser:
     def _enter(self, part: str) -> None:
         if part == CALL:
             assert self._output.tool_format is not None
-            reader = JsonCallReader if self._output.tool_format.is_json else WholeCallReader
-            self._call = reader(self._output.tool_format, self._output.tools)
+            self._call = _call_reader(self._output.tool_format, self._output.tools)
             self._called_from = self._part
         if self._stop.found is None:
             self._give(ContentDelta(self._stop.rest()))
+        self._begins_message = part != self._part
         self._part = part
         self._finder = Finder(list(self._output.markers.get(part, ())))
         self._skips_newlines = True  # those after a marker belong to it
@@ -181,7 +186,7 @@ class OutputParser:
             return
         self._skips_newlines = False
         if self._part == REASONING:
-            self._give(ReasoningDelta(text))
+            self._give(ReasoningDelta(self._apart(text)))
         elif self._part == CONTENT and not self._output.only_calls:
             self._write_content(text)
 
@@ -191,7 +196,14 @@ class OutputParser:
             self._spaces = text if text.isspace() else None
             if self._spaces is not None:
                 return
-        self._give(ContentDelta(self._stop.add(text)))
+        self._give(ContentDelta(self._stop.add(self._apart(text))))
+
+    def _apart(self, text: str) -> str:
+        """With what is between this message and one before it that said the same kind of thing."""
+        between = self._output.between_messages if self._begins_message and self._part in self._has_said else ""
+        self._begins_message = False
+        self._has_said.add(self._part)
+        return between + text
 
     def _write_call(self, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
@@ -218,6 +230,12 @@ class OutputParser:
     def _take_deltas(self) -> list[Delta]:
         deltas, self._deltas = self._deltas, []
         return deltas
+
+
+def _call_reader(tool_format: ToolFormat, tools: Sequence[dict[str, Any]]) -> CallReader:
+    if tool_format.is_harmony:
+        return HarmonyCallReader(tool_format, tools)
+    return JsonCallReader(tool_format, tools) if tool_format.is_json else WholeCallReader(tool_format, tools)
 
 
 def _beginning(index: int, call: FoundCall) -> ToolCallDelta:

@@ -7,8 +7,8 @@ special token: those that are part of a marker or of a call only the parser gets
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 
 from api.output.deltas import Delta
 from api.output.parser import OutputFormat, OutputParser
@@ -22,6 +22,7 @@ class HiddenTokens:
     never_text: Set[int]  # ends of a turn, and ids of a padded vocabulary that the tokenizer does not know
     special: Set[int]
     markers: Set[int]  # special ones that are in a marker of this answer
+    shown_as: Mapping[int, str] = field(default_factory=dict)  # to the parser, where text is never taken for them
 
 
 class OutputReader:
@@ -62,7 +63,9 @@ class OutputReader:
                 break
             self.num_tokens += 1
             was_reasoning = self._parser.is_reasoning
-            if self._is_text(token_id):
+            if token_id in self._hidden.shown_as:
+                deltas += self._parser.add(self._text.finish() + self._hidden.shown_as[token_id])
+            elif self._is_text(token_id):
                 deltas += self._parser.add(self._text.add(token_id))
             self.num_reasoning_tokens += was_reasoning or self._parser.is_reasoning
         return deltas

@@ -71,6 +71,6 @@ class TextStream:
         return self._detokenizer.last_segment
 
     def finish(self) -> str:
-        """The rest, when no more ids come. A character that was cut off is left out."""
+        """The rest, when no more ids come, or one that is no text. A character that was cut off is left out."""
         self._detokenizer.finalize()
         return self._detokenizer.last_segment.rstrip(REPLACEMENT)

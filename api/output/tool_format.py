@@ -38,11 +38,18 @@ class NotACall(Exception):
 class ToolFormat:
     start: str
     end: str  # "": the end of the answer
-    parser: Callable[[str, Sequence[Any]], Any]  # mlx-lm's
+    parser: Callable[[str, Sequence[Any]], Any] | None  # mlx-lm's
     is_json: bool = False  # {"name": …, "arguments": {…}}, so a grammar can enforce it and arguments can be streamed
+    is_harmony: bool = False  # so it has a reader and grammars of its own
+
+    @property
+    def is_enforceable(self) -> bool:
+        """Whether there are grammars of it."""
+        return self.is_json or self.is_harmony
 
     def parse(self, text: str, tools: Sequence[dict[str, Any]]) -> list[FoundCall]:
         """The calls of a whole text between the markers. Raises NotACall."""
+        assert self.parser is not None
         try:
             parsed = self.parser(text, tools)
             calls = [_found(call) for call in (parsed if isinstance(parsed, list) else [parsed])]
@@ -64,6 +71,7 @@ def _found(call: Any) -> FoundCall:
     return FoundCall(name, arguments.strip() or "{}", call_id if isinstance(call_id, str) and call_id else None)
 
 
+HARMONY = ToolFormat("", "", None, is_harmony=True)  # api.output.harmony
 GENERIC = ToolFormat(json_tools.tool_call_start, json_tools.tool_call_end, json_tools.parse_tool_call, is_json=True)
 
 

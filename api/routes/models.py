@@ -55,7 +55,7 @@ def _capabilities(service: Service) -> Capabilities | None:
         completions=True,
         tools=can_chat,  # whose template has no place for tools is told of them by a text
         structured_output=can_chat,
-        reasoning=can_chat and tokenizer.thinking_markers is not None,
+        reasoning=can_chat and tokenizer.can_think,
         vision=False,
         audio=False,
         embeddings=False,

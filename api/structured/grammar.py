@@ -23,8 +23,8 @@ MAX_SCHEMA_BYTES = 256 * 1024  # of one schema, as JSON
 MAX_TOOLS_BYTES = 1024 * 1024  # of all functions' schemas together
 
 # Every grammar made here begins so, that another can be put around it.
-_START = f"{HEAD}start: answer\n"
-_TEXT = "TEXT: /(.|\\n)+/\n"
+START = f"{HEAD}start: answer\n"
+TEXT = "TEXT: /(.|\\n)+/\n"
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -59,7 +59,7 @@ class SpecialTokens:
 
 def json_object() -> str:
     """Any JSON object."""
-    return f"{_START}answer: {json_rule(_ANY_OBJECT)}\n"
+    return f"{START}answer: {json_rule(_ANY_OBJECT)}\n"
 
 
 def json_schema(schema: dict[str, Any], *, strict: bool | None, param: str) -> str:
@@ -70,7 +70,7 @@ def json_schema(schema: dict[str, Any], *, strict: bool | None, param: str) -> s
     Raises:
         InvalidRequest, UnsupportedParameter: they name `param` and the place in the schema.
     """
-    return f"{_START}answer: {json_rule(_enforceable(_text_of(schema, param), bool(strict), param))}\n"
+    return f"{START}answer: {json_rule(_enforceable(_text_of(schema, param), bool(strict), param))}\n"
 
 
 def tool_calls(
@@ -101,31 +101,44 @@ def tool_calls(
     Raises:
         InvalidRequest, UnsupportedParameter: they name the function's `param` and the place in the schema.
     """
-    texts = tuple(
-        (function.name, _text_of(function.parameters, function.param), function.strict, function.param)
-        for function in functions
-    )
-    if sum(len(text) for _, text, _, _ in texts) > MAX_TOOLS_BYTES:
-        raise InvalidRequest(f"The functions' schemas are larger than {MAX_TOOLS_BYTES} bytes together.", param="tools")
-    calls = json_rule(_calls(texts, required, name_key, arguments_key))
+    calls = json_rule(_calls(_texts_of(functions), required, name_key, arguments_key))
     closing = _exactly(end, special_tokens)
     if required:
         more = f" ({_exactly(separator, special_tokens)}? call)*" if separator else " call*"
         call = f"call: {_exactly(begin, special_tokens)} {calls} {closing}\n"
-        return f"{_START}answer: call{more if parallel else ''}\n{call}"
+        return f"{START}answer: call{more if parallel else ''}\n{call}"
     marker = begin.rstrip()
     if not marker:
         raise ValueError("nothing tells where in a text a call begins")
     gap = _exactly(begin[len(marker) :], special_tokens)
     free = f"free: {_free(special_tokens, except_for=marker)}\n"
     call = f"call: opening {gap} {calls} {closing}\n{_up_to(marker, special_tokens, 'opening')}"
-    return f"{_START}answer: {'call* free' if parallel else 'call | free'}\n{call}{free}{_TEXT}"
+    return f"{START}answer: {'call* free' if parallel else 'call | free'}\n{call}{free}{TEXT}"
+
+
+def arguments_rules(functions: Sequence[Function], *, required: bool) -> dict[str, str]:
+    """What the arguments of each function must look like, by its name, for formats whose calls are not JSON as a whole.
+
+    With `required` as in `tool_calls`, which also says what is raised.
+    """
+    calls = _calls(_texts_of(functions), required, "name", "arguments")
+    rules = {}
+    for index, (function, call) in enumerate(zip(functions, calls["anyOf"], strict=True)):
+        own = {name: schema for name, schema in calls.get("$defs", {}).items() if name.startswith(f"{index}-")}
+        arguments = call["properties"]["arguments"]
+        rules[function.name] = json_rule(arguments | {"$defs": own} if own else arguments)
+    return rules
+
+
+def answer_rule(grammar: str) -> str:
+    """What stands in the rule `answer` of a grammar of `json_object` or `json_schema`."""
+    return grammar.removeprefix(START).removeprefix("answer:").strip()
 
 
 def either(content: str, calls: str) -> str:
     """An answer that fits the one or the other of two grammars of this module, of content and of `tool_calls`."""
-    rules = [grammar.removeprefix(_START).removeprefix("answer:") for grammar in (content, calls)]
-    return f"{_START}answer: content | calls\ncontent:{rules[0]}calls:{rules[1]}"
+    rules = [grammar.removeprefix(START).removeprefix("answer:") for grammar in (content, calls)]
+    return f"{START}answer: content | calls\ncontent:{rules[0]}calls:{rules[1]}"
 
 
 def after_reasoning(grammar: str, *, end: str, special_tokens: SpecialTokens, begin: str | None = None) -> str:
@@ -137,9 +150,9 @@ def after_reasoning(grammar: str, *, end: str, special_tokens: SpecialTokens, be
     block = "reasoning /\\n{1,2}/?"
     if begin is not None:
         block = f"({_exactly(begin, special_tokens)} {block})?"
-    text = "" if _TEXT in grammar else _TEXT
+    text = "" if TEXT in grammar else TEXT
     reasoning = _up_to(end.strip(), special_tokens, "reasoning")
-    return f"{HEAD}start: {block} answer\n{grammar.removeprefix(_START)}{reasoning}{text}"
+    return f"{HEAD}start: {block} answer\n{grammar.removeprefix(START)}{reasoning}{text}"
 
 
 # -- what grammars are made of ---------------------------------------------------------------------------------------
@@ -204,6 +217,17 @@ def _ranges(token_ids: Sequence[int]) -> str:
 # -- schemas ---------------------------------------------------------------------------------------------------------
 
 
+def _texts_of(functions: Sequence[Function]) -> tuple[tuple[str, str, bool, str], ...]:
+    """The functions as `_calls` takes them: (name, schema as JSON, strict, param)."""
+    texts = tuple(
+        (function.name, _text_of(function.parameters, function.param), function.strict, function.param)
+        for function in functions
+    )
+    if sum(len(text) for _, text, _, _ in texts) > MAX_TOOLS_BYTES:
+        raise InvalidRequest(f"The functions' schemas are larger than {MAX_TOOLS_BYTES} bytes together.", param="tools")
+    return texts
+
+
 def _text_of(schema: dict[str, Any] | None, param: str) -> str:
     """The schema as JSON, which is its key in the caches."""
     try:
@@ -232,7 +256,7 @@ def _enforceable(text: str, strict: bool, param: str) -> dict[str, Any]:
 def _calls(
     functions: tuple[tuple[str, str, bool, str], ...], required: bool, name_key: str, arguments_key: str
 ) -> dict[str, Any]:
-    """A schema of a call of one of the functions: (name, schema as JSON, strict, param)."""
+    """A schema of a call of one of the functions, an option for each in their order."""
     together = Schemas()
     calls = []
     for index, (name, text, strict, param) in enumerate(functions):

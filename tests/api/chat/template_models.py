@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import AddedToken, PreTrainedTokenizerFast
 
+from api.output.harmony import TOKENS
 from api.tokenizer import ChatTokenizer
 
 QWEN3 = """
@@ -113,6 +114,85 @@ STRICT = """
 """
 
 
+# gpt-oss: the rules of its template (what it shows, drops and refuses), in fewer words than its own.
+HARMONY = """
+{%- macro system() -%}
+    {%- if reasoning_effort is not defined %}{%- set reasoning_effort = 'medium' %}{%- endif %}
+    {{- (model_identity or 'You are a model.') + '\n\nReasoning: ' + reasoning_effort + '\n\n' }}
+    {%- if builtin_tools %}{{- '# Tools\n\n' + (builtin_tools | join) + '\n\n' }}{%- endif %}
+    {{- '# Valid channels: analysis, commentary, final.' }}
+    {%- if tools %}{{- '\nCalls to these tools must go to the commentary channel: functions.' }}{%- endif %}
+{%- endmacro %}
+{{- '<|start|>system<|message|>' + system() + '<|end|>' }}
+{%- if messages[0].role in ['developer', 'system'] %}
+    {%- set instructions = messages[0].content %}
+    {%- set said = messages[1:] %}
+{%- else %}
+    {%- set said = messages %}
+{%- endif %}
+{%- if instructions or tools %}
+    {{- '<|start|>developer<|message|>' }}
+    {%- if instructions %}{{- '# Instructions\n\n' + instructions + '\n\n' }}{%- endif %}
+    {%- if tools %}
+        {{- '# Tools\n\nnamespace functions {\n\n' }}
+        {%- for tool in tools %}
+            {{- '// ' + tool.function.description + '\ntype ' + tool.function.name + ' = (' }}
+            {%- for name, schema in (tool.function.parameters.properties or {}).items() %}
+                {{- name + ': ' + (schema.type or 'any') + ',' }}
+            {%- endfor %}
+            {{- ') => any;\n\n' }}
+        {%- endfor %}
+        {{- '} // namespace functions' }}
+    {%- endif %}
+    {{- '<|end|>' }}
+{%- endif %}
+{%- set called = namespace(name=none) %}
+{%- for message in said %}
+    {%- if message.role == 'user' %}
+        {{- '<|start|>user<|message|>' + message.content + '<|end|>' }}
+    {%- elif message.role == 'tool' %}
+        {%- if called.name is none %}{{- raise_exception('there was no tool call before a tool message') }}{%- endif %}
+        {{- '<|start|>functions.' + called.name + ' to=assistant<|channel|>commentary<|message|>' }}
+        {{- (message.content | tojson) + '<|end|>' }}
+    {%- elif message.role == 'assistant' %}
+        {%- for text in [message.content, message.thinking] %}
+            {%- if text and '<|channel|>analysis<|message|>' in text %}
+                {{- raise_exception('channels belong into fields of their own') }}
+            {%- endif %}
+        {%- endfor %}
+        {%- if 'tool_calls' in message %}
+            {%- if message.content and message.thinking %}
+                {{- raise_exception('cannot have both content and thinking beside tool calls') }}
+            {%- endif %}
+            {%- set later = namespace(final=false) %}
+            {%- for other in said[loop.index:] %}
+                {%- if other.role == 'assistant' and 'tool_calls' not in other %}
+                    {%- set later.final = true %}
+                {%- endif %}
+            {%- endfor %}
+            {%- set thought = message.content or message.thinking %}
+            {%- if thought and not later.final %}
+                {{- '<|start|>assistant<|channel|>analysis<|message|>' + thought + '<|end|>' }}
+            {%- endif %}
+            {%- set call = message.tool_calls[0].function %}
+            {{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' }}
+            {{- (call.arguments | tojson) + '<|call|>' }}
+            {%- set called.name = call.name %}
+        {%- elif loop.last and not add_generation_prompt %}
+            {%- if 'thinking' in message %}
+                {{- '<|start|>assistant<|channel|>analysis<|message|>' + message.thinking + '<|end|>' }}
+            {%- endif %}
+            {{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|return|>' }}
+        {%- else %}
+            {{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|end|>' }}
+            {%- set called.name = none %}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}
+"""
+
+
 def template_model(
     model: Path,
     folder: Path,
@@ -133,3 +213,8 @@ def template_model(
         file.write_text(json.dumps(json.loads(file.read_text()) | tokenizer_config))
     shutil.copy(model / "config.json", folder)
     return ChatTokenizer(folder)
+
+
+def harmony_model(model: Path, folder: Path) -> ChatTokenizer:
+    """The tiny model's tokenizer, as one of gpt-oss."""
+    return template_model(model, folder, HARMONY, special=TOKENS, eos_token="<|return|>")

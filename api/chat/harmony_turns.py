@@ -1,0 +1,77 @@
+"""The messages of a request as gpt-oss's chat template takes them: one call a turn, with its results right behind it.
+
+That template shows the first call of a turn and drops the others, takes a result's name from the call before it, has
+a place for instructions at the beginning alone, and one for either text or reasoning before a call. So turns are split
+and joined here until nothing of them is lost. Pure; called by `api.chat.prompt`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from typing import Any
+
+from api.chat.template import ChatTemplate
+from api.chat.turns import Turn, native_turns
+from api.errors import InvalidRequest
+from api.output.harmony import BETWEEN_MESSAGES
+from api.output.tool_format import result_text
+from api.schemas.chat import Message
+
+_INSTRUCTING = ("system", "developer")
+
+
+def harmony_turns(messages: Sequence[Message], template: ChatTemplate) -> list[Turn]:
+    """Raises InvalidRequest for instructions behind the beginning: the template would leave them out."""
+    instructing = list(takewhile(lambda message: message.role in _INSTRUCTING, messages))
+    for place, message in enumerate(messages):
+        if place >= len(instructing) and message.role in _INSTRUCTING:
+            raise InvalidRequest(
+                f"The served model takes messages of role '{message.role}' only before all others: "
+                f"move 'messages[{place}]' to the beginning, or send it as one of the user.",
+                param=f"messages[{place}]",
+                code="invalid_messages",
+            )
+    turns = native_turns(messages, template)
+    begin, rest = turns[: len(instructing)], turns[len(instructing) :]
+    if begin:
+        content = BETWEEN_MESSAGES.join(turn["content"] for turn in begin)
+        begin = [{**begin[0], "content": content}]
+    return [*begin, *_said(rest)]
+
+
+def _said(turns: Sequence[Turn]) -> Iterator[Turn]:
+    """What follows the instructions."""
+    groups: list[list[Turn]] = []  # a turn, and the results behind it
+    for turn in turns:
+        if turn["role"] == "tool" and groups:
+            groups[-1].append(turn)
+        else:
+            groups.append([turn])
+    for group in groups:
+        calls = group[0].get("tool_calls", ())
+        results: dict[str, list[Turn]] = {}
+        for turn in group:
+            if turn["role"] == "tool":
+                results.setdefault(turn["tool_call_id"], []).append(turn)
+            elif not calls and not _is_silent(turn):
+                yield turn
+        for number, call in enumerate(calls):
+            yield _calling(group[0], call, is_first=number == 0)
+            yield from results.pop(call["id"], ())
+        for of_other_call in results.values():  # one that is not in front of it, so it goes by no name
+            yield from ({"role": "user", "content": result_text(result["content"])} for result in of_other_call)
+
+
+def _is_silent(turn: Turn) -> bool:
+    """An answer that was cut while it reasoned. The template would show an empty one, and take it for a final one."""
+    return turn["role"] == "assistant" and not turn["content"]
+
+
+def _calling(turn: Turn, call: dict[str, Any], *, is_first: bool) -> Turn:
+    """A turn of one call. What was thought and said before the calls goes with the first, as its reasoning."""
+    before = [turn.get("reasoning_content"), turn["content"]] if is_first else []
+    made: Turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    if thoughts := BETWEEN_MESSAGES.join(filter(None, before)):
+        made["thinking"] = thoughts
+    return made
