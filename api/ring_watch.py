@@ -20,7 +20,7 @@ from server.protocol import Failed, Progress, Ready
 
 logger = logging.getLogger(__name__)
 
-STACKS_WAIT_S = 2.0  # until the ranks' stacks are in the log
+STACKS_S = 2.0  # before a ring is given up its ranks are asked for their stacks, and so long they have to log them
 STALL_S = 1.0  # this process itself was held up: what the ring said meanwhile has still to be read
 
 
@@ -60,17 +60,23 @@ class RingWatch:
 
     async def until_lost(self) -> None:
         """Raises RingLost, Replaced."""
+        timeout_s = self._settings.step_timeout
+        asked_at: float | None = None
         while True:
             looked_at = time.monotonic()
             await self._next_event()
-            if time.monotonic() - looked_at > STALL_S + self._settings.poll_interval:
+            now = time.monotonic()
+            if now - looked_at > STALL_S + self._settings.poll_interval:
                 continue
             stuck_s = self._engine.seconds_without_step()
-            if stuck_s > self._settings.step_timeout:
-                reason = f"it has work and completed no step for {stuck_s:.0f} s (STEP_TIMEOUT)"
-                self._engine.dump_stacks(reason)  # afterwards nobody can find out
-                await asyncio.sleep(STACKS_WAIT_S)
-                raise RingLost(reason)
+            reason = f"it has work and completed no step for {stuck_s:.0f} s"
+            if stuck_s < timeout_s - min(STACKS_S, timeout_s / 2):
+                asked_at = None
+            elif asked_at is None:
+                self._engine.dump_stacks(reason)  # when the ring is lost nobody can find out
+                asked_at = now
+            elif stuck_s > timeout_s and now - asked_at > min(STACKS_S, timeout_s / 2):
+                raise RingLost(f"{reason} (STEP_TIMEOUT)")
             if self._engine.seconds_of_silence > PEER_SILENCE_S:
                 raise RingLost(f"rank 0 was silent for {PEER_SILENCE_S:.0f} s")
 

@@ -141,26 +141,30 @@ def test_a_rank_0_that_says_nothing_is_lost_after_5_seconds(tmp_path: Path):
 def test_a_ring_that_has_work_and_completes_no_step_is_stuck_and_one_that_does_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("api.ring_watch.STACKS_WAIT_S", 0)
+    monkeypatch.setattr("api.ring_watch.STACKS_S", 1)
 
     async def test() -> None:
         async with watched(tmp_path, step_timeout=60) as ring:
-            watching = asyncio.create_task(ring.ends())
-            for step in range(1, 200):
-                ring.clock.now += 1.0
-                stats = Stats([], 1, 0, num_frames_in_flight=1, num_steps=step // 30)  # a step takes half a minute
-                ring.engine.send(stats)
-                while ring.client.stats != stats:
+
+            async def pass_second(num_steps: int) -> None:
+                ring.clock.now += 1
+                before = ring.client.stats
+                ring.engine.send(Stats([], 1, 0, num_frames_in_flight=1, num_steps=num_steps))
+                while ring.client.stats is before:
                     await asyncio.sleep(0)
+
+            watching = asyncio.create_task(ring.ends())
+            for second in range(180):
+                await pass_second(num_steps=second // 30)  # a step takes half a minute
+            for _ in range(60):
+                await pass_second(num_steps=6)
+            assert await ring.engine.read() == DumpStacks("it has work and completed no step for 59 s")
             assert not watching.done()
-            while not watching.done():
-                ring.clock.now += 1.0
-                ring.engine.send(Stats([], 1, 0, num_frames_in_flight=1, num_steps=6))
-                await asyncio.sleep(0.001)
-            assert "completed no step for 6" in (await watching).reason
-            asked = await ring.engine.read()
-            assert isinstance(asked, DumpStacks) and asked.reason == (await watching).reason
-            assert not (await watching).is_explained
+            await pass_second(num_steps=6)
+            await pass_second(num_steps=6)
+            lost = await watching
+            assert lost.reason == "it has work and completed no step for 61 s (STEP_TIMEOUT)"
+            assert not lost.is_explained
 
     asyncio.run(test())
 
