@@ -58,12 +58,10 @@ class Choice:
 
     def take(self, output: SequenceOutput) -> Step:
         """What a step of the ring adds."""
-        num_before = self.num_tokens
         deltas = self.reader.add(output.token_ids)
-        # Ids after a stop string are not read, and nobody hears of them.
-        num_read = self.num_tokens - num_before
-        drawn = zip(output.token_ids[:num_read], output.logprobs, strict=False)  # no logprobs where none are wanted
-        tokens = [DrawnToken(token_id, logprobs) for token_id, logprobs in drawn]
+        # Ids after a stop string are not read, and nobody hears of them. There are no logprobs where none are wanted.
+        drawn = zip(output.token_ids, output.logprobs, self.reader.are_content, strict=False)
+        tokens = [DrawnToken(token_id, logprobs, is_content) for token_id, logprobs, is_content in drawn]
         stopped = self.reader.stopped
         if output.finish_reason is not None or stopped:
             deltas = [*deltas, *self.reader.finish()]
@@ -81,10 +79,10 @@ class Choice:
 
     def _gather(self, delta: Delta) -> None:
         match delta:
-            case ReasoningDelta(text=text):
-                self.reasoning += text
-            case ContentDelta(text=text):
-                self.content += text
+            case ReasoningDelta():
+                self.reasoning += delta.continuing
+            case ContentDelta():
+                self.content += delta.continuing
             case ToolCallDelta(id=str(id), name=str(name)):
                 self.tool_calls.append(ToolCall(id, name, delta.arguments))
             case ToolCallDelta():

@@ -34,13 +34,16 @@ def sampling_params(
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """The parameters the ring samples with. A request that names no seed gets one here, so a replay draws the same.
-    `banned_ids` are not drawn, whatever `logit_bias` says.
+    `banned_ids` are not drawn, whatever `logit_bias` says; a tokenizer may have more tokens than the model.
 
     Raises InvalidRequest for a logit_bias of a token that the model does not have, and where `ignore_eos` would keep
     an answer from ending that a grammar ends.
     """
     if grammar is not None and request.ignore_eos:
-        message = "'ignore_eos' cannot be used where the answer's form is enforced (response_format, tools)."
+        message = (
+            "'ignore_eos' cannot be used where a grammar says what the answer is (response_format, tools; with gpt-oss "
+            "also reasoning_effort 'none')."
+        )
         raise InvalidRequest(message, param="ignore_eos", code="invalid_value")
     top_p = _first(request.top_p, settings.default_top_p, model.top_p, 1.0)
     top_k = _first(request.top_k, model.top_k, 0)
@@ -55,7 +58,8 @@ def sampling_params(
         repetition_penalty=_first(request.repetition_penalty, model.repetition_penalty, 1.0),
         presence_penalty=_first(request.presence_penalty, 0.0),
         frequency_penalty=_first(request.frequency_penalty, 0.0),
-        logit_bias=_logit_bias(request.logit_bias or {}, vocab_size) | dict.fromkeys(banned_ids, -math.inf),
+        logit_bias=_logit_bias(request.logit_bias or {}, vocab_size)
+        | {token_id: -math.inf for token_id in banned_ids if token_id < vocab_size},
         seed=seed,
         min_tokens=request.min_tokens or 0,
         grammar=grammar,

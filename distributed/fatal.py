@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec
 
@@ -26,6 +27,8 @@ from distributed.memory import is_allocation_failure
 P = ParamSpec("P")
 EXIT_RING_LOST = 13
 _END_WITHIN_S = 3.0  # from the decision to end; a full pipe or a lock that somebody holds may be in the way
+
+_LOOK_S = 0.5  # between two looks at a process that is not our child
 
 Listener = Callable[[LastWords], None]  # is told why this process ends; does its best, and is quick
 
@@ -121,7 +124,10 @@ def end_with(pid: int, name: str) -> None:
 
     def watch() -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            psutil.Process(pid).wait()  # the kernel tells; nothing is polled
+            process = psutil.Process(pid)
+            # One that nobody has waited for has ended as well, which psutil's own `wait` does not see.
+            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(_LOOK_S)
         die(f"{name} is gone", exit_code=0)
 
     start_thread(f"watches {name}", watch)

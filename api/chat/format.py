@@ -180,10 +180,10 @@ def usage_of(answer: Answer) -> Usage:
 
 def _delta(delta: Delta) -> schema.ChunkDelta:
     match delta:
-        case ReasoningDelta(text=text):
-            return schema.ChunkDelta(reasoning_content=text)
-        case ContentDelta(text=text):
-            return schema.ChunkDelta(content=text)
+        case ReasoningDelta():
+            return schema.ChunkDelta(reasoning_content=delta.continuing)
+        case ContentDelta():
+            return schema.ChunkDelta(content=delta.continuing)
         case ToolCallDelta(index=index, id=None):
             function = schema.DeltaFunction(arguments=delta.arguments)
             return schema.ChunkDelta(tool_calls=[schema.DeltaToolCall(index=index, function=function)])

@@ -14,11 +14,13 @@ from typing import Any
 from api.chat.template import ChatTemplate
 from api.chat.turns import Turn, native_turns
 from api.errors import InvalidRequest
-from api.output.harmony import BETWEEN_MESSAGES
+from api.output.deltas import BETWEEN_MESSAGES
 from api.output.tool_format import result_text
 from api.schemas.chat import Message
 
 _INSTRUCTING = ("system", "developer")
+# For each call the template looks at all turns behind it. So many take a second or two: 1,500 calls with their results.
+_MAX_LOOKS = 5_000_000
 
 
 def harmony_turns(messages: Sequence[Message], template: ChatTemplate) -> list[Turn]:
@@ -37,7 +39,16 @@ def harmony_turns(messages: Sequence[Message], template: ChatTemplate) -> list[T
     if begin:
         content = BETWEEN_MESSAGES.join(turn["content"] for turn in begin)
         begin = [{**begin[0], "content": content}]
-    return [*begin, *_said(rest)]
+    said = list(_said(rest))
+    num_calls = sum("tool_calls" in turn for turn in said)
+    if num_calls * len(said) > _MAX_LOOKS:
+        raise InvalidRequest(
+            f"The conversation has {num_calls} calls of tools in {len(said)} turns, and the served model's chat "
+            "template takes too long for so many: leave out the oldest.",
+            param="messages",
+            code="array_above_max_length",
+        )
+    return [*begin, *said]
 
 
 def _said(turns: Sequence[Turn]) -> Iterator[Turn]:

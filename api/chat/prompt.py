@@ -86,11 +86,12 @@ def _chat_prompt(chat: ChatCompletionRequest, tokenizer: ChatTokenizer) -> ChatP
         only_one_call=not use.is_parallel,
         content_is_enforced=content is not None and not is_harmony,  # there no text is taken for a marker
         continues_text=continues,
-        between_messages=harmony.BETWEEN_MESSAGES if is_harmony else "",
+        has_messages=is_harmony,
         shown_as=harmony.SHOWN_AS if is_harmony else {},
     )
     if is_harmony:
-        rules = _harmony_grammar(content, use, variables, tokenizer, continues=continues)
+        ignore_eos = bool(chat.ignore_eos)
+        rules = _harmony_grammar(content, use, variables, tokenizer, continues=continues, ignore_eos=ignore_eos)
         return ChatPrompt(token_ids, rules, output)
     rules = _answer_grammar(content, use, tokenizer)
     if rules is not None and variables.thinking is not False:
@@ -169,11 +170,19 @@ def _answer_grammar(content: str | None, use: ToolUse, tokenizer: ChatTokenizer)
 
 
 def _harmony_grammar(
-    content: str | None, use: ToolUse, variables: TemplateVariables, tokenizer: ChatTokenizer, *, continues: bool
+    content: str | None,
+    use: ToolUse,
+    variables: TemplateVariables,
+    tokenizer: ChatTokenizer,
+    *,
+    continues: bool,
+    ignore_eos: bool,
 ) -> str | None:
     """The same for a model that writes harmony, its reasoning and the lack of it included."""
     functions = use.callable if use.tool_format is not None else ()
-    is_free = content is None and not (functions and use.is_enforced) and not use.is_forbidden
+    # Who wants no end of the answer cannot have a grammar; then a call that is written is nobody's.
+    is_forbidden = use.is_forbidden and not ignore_eos
+    is_free = content is None and not (functions and use.is_enforced) and not is_forbidden
     if is_free and variables.thinking is not False:
         return None
     return harmony_answer(
@@ -215,8 +224,10 @@ def _content_grammar(chat: ChatCompletionRequest) -> str | None:
 
 def _check_size(chat: ChatCompletionRequest, tokenizer: ChatTokenizer, max_tokens: int) -> None:
     """Refuses megabytes before they are tokenized."""
-    if len(chat.messages) > max_tokens:  # each is a token at least
-        raise context_length_exceeded(max_tokens, f"more than {len(chat.messages)} tokens")
+    calls = (message.tool_calls or () for message in chat.messages if isinstance(message, AssistantMessage))
+    num_turns = len(chat.messages) + sum(map(len, calls))
+    if num_turns > max_tokens:  # each is a token at least
+        raise context_length_exceeded(max_tokens, f"more than {num_turns} tokens")
     length = sum(map(len, _texts(chat)))
     if length > tokenizer.max_characters(max_tokens):
         raise context_length_exceeded(max_tokens, f"{length} characters")

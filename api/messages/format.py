@@ -45,7 +45,7 @@ class MessagesFormat:
         return self._message(blocks, reason, sequence, choice.num_tokens)
 
     def _block(self, deltas: Sequence[Delta]) -> schema.Block:
-        text = "".join(_piece(delta) for delta in deltas)
+        text = "".join(_piece(delta, is_first=place == 0) for place, delta in enumerate(deltas))
         match deltas[0]:
             case ReasoningDelta():
                 return schema.Thinking(thinking="" if self._hides_thinking else text, signature=SIGNATURE)
@@ -131,12 +131,13 @@ class _BlockStream:
         self._index = -1
 
     def add(self, delta: Delta) -> Iterator[schema.Event]:
-        if _block_key(delta) != self._open:
+        is_first = _block_key(delta) != self._open
+        if is_first:
             yield from self.close()
             self._open = _block_key(delta)
             self._index += 1
             yield schema.BlockStart(index=self._index, content_block=_empty_block(delta))
-        told = self._told(delta)
+        told = self._told(delta, _piece(delta, is_first=is_first))
         if told is not None:
             yield schema.ContentBlockDelta(index=self._index, delta=told)
 
@@ -149,14 +150,14 @@ class _BlockStream:
         yield schema.BlockStop(index=self._index)
         self._open = None
 
-    def _told(self, delta: Delta) -> schema.BlockDelta | None:
+    def _told(self, delta: Delta, piece: str) -> schema.BlockDelta | None:
         match delta:
-            case ReasoningDelta(text=text):
-                return None if self._hides_thinking else schema.ThinkingDelta(thinking=text)
-            case ContentDelta(text=text):
-                return schema.TextDelta(text=text)
-            case ToolCallDelta(arguments=arguments):
-                return schema.InputJsonDelta(partial_json=arguments) if arguments else None
+            case ReasoningDelta():
+                return None if self._hides_thinking else schema.ThinkingDelta(thinking=piece)
+            case ContentDelta():
+                return schema.TextDelta(text=piece)
+            case ToolCallDelta():
+                return schema.InputJsonDelta(partial_json=piece) if piece else None
 
 
 def error_event(request_id: str) -> Callable[[ApiError], bytes]:
@@ -178,8 +179,11 @@ def _block_key(delta: Delta) -> Hashable:
     return delta.index if isinstance(delta, ToolCallDelta) else type(delta)
 
 
-def _piece(delta: Delta) -> str:
-    return delta.arguments if isinstance(delta, ToolCallDelta) else delta.text
+def _piece(delta: Delta, *, is_first: bool) -> str:
+    """What a delta adds to its block."""
+    if isinstance(delta, ToolCallDelta):
+        return delta.arguments
+    return delta.text if is_first else delta.continuing
 
 
 def _empty_block(delta: Delta) -> schema.Block:

@@ -14,18 +14,26 @@ from server.protocol import TokenLogprobs
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
+BETWEEN_MESSAGES = "\n\n"  # where messages of one kind are one text to the client
+
+
 @dataclass(frozen=True)
-class ReasoningDelta:
+class _TextDelta:
+    text: str
+    begins_message: bool = False  # apart from what was said of this kind before
+
+    @property
+    def continuing(self) -> str:
+        """The text, for whoever joins it to all that was said of this kind before."""
+        return BETWEEN_MESSAGES + self.text if self.begins_message else self.text
+
+
+class ReasoningDelta(_TextDelta):
     """More of what the model thinks before it answers."""
 
-    text: str
 
-
-@dataclass(frozen=True)
-class ContentDelta:
+class ContentDelta(_TextDelta):
     """More of the answer."""
-
-    text: str
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class DrawnToken:
 
     token_id: int
     logprobs: TokenLogprobs
+    is_content: bool = True  # of the answer's text, as far as that is known by now
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,6 @@ _ANY_SHOWN = re.compile(f"[{''.join(SHOWN_AS.values())}]")
 HEADER = "header"  # before anything is known of the message
 _RECIPIENT, _UNHEARD = "recipient", "unheard"  # who it goes to; a message to somebody who is not here
 
-BETWEEN_MESSAGES = "\n\n"  # of one kind: to a client they are one text
-
 
 def is_spoken(vocabulary: Collection[str], templates: Iterable[str]) -> bool:
     """Whether a model answers in harmony. To have its tokens is not enough: it may have been trained to other chats."""
@@ -91,6 +89,8 @@ class HarmonyCallReader(CallReader):
             pieces.append(FoundCall(name[0], ""))
             text = self._header.rest()
         arguments = _ANY_SHOWN.sub("", self._arguments.add(text))
+        if not self._has_arguments:
+            arguments = arguments.lstrip()
         self._has_arguments = self._has_arguments or bool(arguments)
         if self._arguments.found is not None:
             self.rest = self._arguments.found + self._arguments.rest()

@@ -38,7 +38,7 @@ class OutputFormat:
     only_one_call: bool = False
     content_is_enforced: bool = False  # by a grammar: once it has begun, it may quote any marker
     continues_text: bool = False  # of the prompt, so a space that it begins with is text
-    between_messages: str = ""  # put between texts of one kind that are messages of their own
+    has_messages: bool = False  # several of one kind, which are told apart
     shown_as: Mapping[str, str] = field(default_factory=dict)  # special tokens: what the parser is shown for them
 
     @classmethod
@@ -80,6 +80,7 @@ class OutputParser:
         self._num_calls = 0
         self._call: CallReader | None = None
         self._has_said: set[str] = set()  # parts of which there was text
+        self._said_anew: set[str] = set()  # of these, those whose next text is another message
         self._part = output.first
         self._enter(output.first)
         self._skips_newlines = output.first != CONTENT
@@ -87,6 +88,10 @@ class OutputParser:
     @property
     def is_reasoning(self) -> bool:
         return self._part == REASONING
+
+    @property
+    def is_content(self) -> bool:
+        return self._part == CONTENT
 
     @property
     def is_in_whole_call(self) -> bool:
@@ -167,7 +172,8 @@ class OutputParser:
             self._called_from = self._part
         if self._stop.found is None:
             self._give(ContentDelta(self._stop.rest()))
-        self._begins_message = part != self._part
+        if self._output.has_messages and part != self._part:
+            self._said_anew |= {part} & self._has_said
         self._part = part
         self._finder = Finder(list(self._output.markers.get(part, ())))
         self._skips_newlines = True  # those after a marker belong to it
@@ -186,7 +192,7 @@ class OutputParser:
             return
         self._skips_newlines = False
         if self._part == REASONING:
-            self._give(ReasoningDelta(self._apart(text)))
+            self._give(ReasoningDelta(text))
         elif self._part == CONTENT and not self._output.only_calls:
             self._write_content(text)
 
@@ -196,14 +202,7 @@ class OutputParser:
             self._spaces = text if text.isspace() else None
             if self._spaces is not None:
                 return
-        self._give(ContentDelta(self._stop.add(self._apart(text))))
-
-    def _apart(self, text: str) -> str:
-        """With what is between this message and one before it that said the same kind of thing."""
-        between = self._output.between_messages if self._begins_message and self._part in self._has_said else ""
-        self._begins_message = False
-        self._has_said.add(self._part)
-        return between + text
+        self._give(ContentDelta(self._stop.add(text)))
 
     def _write_call(self, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
@@ -215,13 +214,18 @@ class OutputParser:
 
     def _give(self, delta: Delta) -> None:
         """Joined with the delta before it where both say the same kind of thing."""
+        if isinstance(delta, ContentDelta | ReasoningDelta):
+            if not delta.text:
+                return
+            part = CONTENT if isinstance(delta, ContentDelta) else REASONING
+            delta = replace(delta, begins_message=part in self._said_anew)
+            self._said_anew.discard(part)
+            self._has_said.add(part)
         match self._deltas, delta:
-            case _, ContentDelta("") | ReasoningDelta(""):
-                pass
-            case [*_, ContentDelta(before)], ContentDelta(text):
-                self._deltas[-1] = ContentDelta(before + text)
-            case [*_, ReasoningDelta(before)], ReasoningDelta(text):
-                self._deltas[-1] = ReasoningDelta(before + text)
+            case [*_, ContentDelta(before, begins)], ContentDelta(text, False):
+                self._deltas[-1] = ContentDelta(before + text, begins)
+            case [*_, ReasoningDelta(before, begins)], ReasoningDelta(text, False):
+                self._deltas[-1] = ReasoningDelta(before + text, begins)
             case [*_, ToolCallDelta() as call], ToolCallDelta(arguments=more, id=None):
                 self._deltas[-1] = replace(call, arguments=call.arguments + more)
             case _:

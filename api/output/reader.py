@@ -38,6 +38,7 @@ class OutputReader:
         self._text = text
         self._hidden = hidden
         self._parser = OutputParser(output, stop, invisible)
+        self.are_content: list[bool] = []  # for each id that the last `add` took, whether it is of the answer's text
         self.num_tokens = 0
         self.num_reasoning_tokens = 0  # markers included
 
@@ -58,16 +59,19 @@ class OutputReader:
     def add(self, token_ids: Sequence[int]) -> list[Delta]:
         """What is certain now. Ids after `stopped` are not taken."""
         deltas: list[Delta] = []
+        self.are_content = []
         for token_id in token_ids:
             if self.stopped:
                 break
             self.num_tokens += 1
-            was_reasoning = self._parser.is_reasoning
+            was_reasoning, was_content = self._parser.is_reasoning, self._parser.is_content
+            is_text = self._is_text(token_id)
             if token_id in self._hidden.shown_as:
                 deltas += self._parser.add(self._text.finish() + self._hidden.shown_as[token_id])
-            elif self._is_text(token_id):
+            elif is_text:
                 deltas += self._parser.add(self._text.add(token_id))
             self.num_reasoning_tokens += was_reasoning or self._parser.is_reasoning
+            self.are_content.append(is_text and was_content and self._parser.is_content)
         return deltas
 
     def finish(self) -> list[Delta]:

@@ -52,13 +52,12 @@ class OutputWriter:
     def take(self, step: Step) -> list[schema.Event]:
         """What a step adds."""
         events: list[schema.Event] = []
-        self._tokens += step.tokens
+        self._tokens += [token for token in step.tokens if token.is_content]
         for delta in step.deltas:
             if self._open is None or not self._open.takes(delta):
                 events += self.close("completed")
                 events += self._begin(self._opened(delta))
             assert self._open is not None
-            # Logprobs are a message's: tokens of reasoning, calls and marks between them are nobody's.
             tokens, self._tokens = self._tokens, []
             if self._token_logprob is not None and isinstance(delta, ContentDelta):
                 events += self._open.add(delta, [self._token_logprob(token) for token in tokens])
@@ -158,10 +157,11 @@ class _Message(_Open):
         ]
 
     def add(self, delta: ContentDelta, logprobs: list[TokenLogprob]) -> list[schema.Event]:
-        self.text += delta.text
+        more = delta.continuing if self.text else delta.text
+        self.text += more
         self.logprobs += logprobs
         kind, type = schema.TextDeltaEvent, "response.output_text.delta"
-        return [self._event(kind, type, **self._where_in_content, delta=delta.text, logprobs=logprobs)]
+        return [self._event(kind, type, **self._where_in_content, delta=more, logprobs=logprobs)]
 
     def end(self, status: Status) -> list[schema.Event]:
         kind, type = schema.TextDoneEvent, "response.output_text.done"
@@ -195,9 +195,10 @@ class _Reasoning(_Open):
         ]
 
     def add(self, delta: ReasoningDelta, logprobs: list[TokenLogprob]) -> list[schema.Event]:
-        self.text += delta.text
+        more = delta.continuing if self.text else delta.text
+        self.text += more
         kind, type = schema.ReasoningDeltaEvent, "response.reasoning_text.delta"
-        return [self._event(kind, type, **self._where_in_content, delta=delta.text)]
+        return [self._event(kind, type, **self._where_in_content, delta=more)]
 
     def end(self, status: Status) -> list[schema.Event]:
         kind, type = schema.ReasoningDoneEvent, "response.reasoning_text.done"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from api.errors import ApiError, InvalidRequest
+from api.output.deltas import BETWEEN_MESSAGES
 from api.responses.context import ContextItem
 from api.schemas.chat import ChatCompletionRequest
 from api.schemas.response_items import AssistantMessage, FunctionCall, FunctionCallOutput, InputMessage, Reasoning
@@ -153,11 +154,15 @@ class _Messages:
             self.sources.append(self._reasoning_source)
 
     def _add_call(self, call: FunctionCall, source: str) -> None:
-        """A call belongs to the assistant's message or calls before it."""
+        """A call belongs to the assistant's message or calls before it, and so does what was thought between them."""
         last = self.messages[-1] if self.messages else None
-        if last is None or last["role"] != "assistant" or self._reasoning:
+        if last is None or last["role"] != "assistant":
             last = {"role": "assistant", "content": None}
             self.add(last, source)
+        elif self._reasoning:
+            before = last.get("reasoning_content")
+            last["reasoning_content"] = BETWEEN_MESSAGES.join(filter(None, [before, self._reasoning]))
+            self._reasoning = ""
         function = {"name": call.name, "arguments": call.arguments}
         last.setdefault("tool_calls", []).append({"id": call.call_id, "type": "function", "function": function})
 

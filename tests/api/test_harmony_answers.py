@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.protocol import Submit
+from server.protocol import SequenceOutput, StepOutput, Submit, TokenLogprobs
 from tests.api.chat.template_models import harmony_model
 from tests.api.chat.test_chat_answers import WEATHER
 from tests.api.chat.test_chat_route import events as chunks_of
@@ -122,6 +122,71 @@ def test_a_response_has_items_of_each_kind_and_takes_them_back(tmp_path: Path, t
             added = [event for event in events_of(response.text) if event["type"] == "response.output_item.added"]
             assert [event["item"]["type"] for event in added] == ["reasoning", "message", "function_call"]
             assert "function_call_arguments.delta" in types(events_of(response.text))
+
+    run(test())
+
+
+THINKING_TWICE = f"{THOUGHT}{PREAMBLE}<|channel|>analysis<|message|>there{NEXT}"
+
+
+def test_what_is_thought_and_said_by_turns_is_an_item_or_a_block_each(tmp_path: Path, tiny_chat_model: Path):
+    async def test() -> None:
+        async with speaking(tmp_path, tiny_chat_model) as app:
+            said = ["let me see", "I look.", "there", "It rains."]
+            response, _ = await asked(app, "/v1/responses", THINKING_TWICE + FINAL, input="hello")
+            assert [item["content"][0]["text"] for item in response.json()["output"]] == said
+            response, _ = await asked(app, "/v1/responses", THINKING_TWICE + FINAL, input="hello", stream=True)
+            done = [event for event in events_of(response.text) if event["type"] == "response.output_item.done"]
+            assert [event["item"]["content"][0]["text"] for event in done] == said
+            path, body = "/v1/messages", {"messages": [USER], "max_tokens": 200}
+            response, _ = await asked(app, path, THINKING_TWICE + FINAL, **body)
+            assert [block.get("thinking") or block.get("text") for block in response.json()["content"]] == said
+            response, _ = await asked(app, path, THINKING_TWICE + FINAL, stream=True, **body)
+            told_of = [told(block, "thinking") + told(block, "text") for block in blocks(message_events(response.text))]
+            assert told_of == said
+            response, _ = await asked(app, "/v1/chat/completions", THINKING_TWICE + FINAL, messages=[USER])
+            message = response.json()["choices"][0]["message"]
+            assert (message["reasoning_content"], message["content"]) == ("let me see\n\nthere", "I look.\n\nIt rains.")
+
+    run(test())
+
+
+def test_what_a_response_thought_between_words_and_a_call_goes_back_with_it(tmp_path: Path, tiny_chat_model: Path):
+    async def test() -> None:
+        async with speaking(tmp_path, tiny_chat_model) as app:
+            path, body = "/v1/responses", {"tools": [FUNCTION]}
+            response, _ = await asked(app, path, THINKING_TWICE + CALL, input="hello", **body)
+            call = response.json()["output"][-1]
+            result = {"type": "function_call_output", "call_id": call["call_id"], "output": "rain"}
+            _, submit = await asked(
+                app, path, FINAL, previous_response_id=response.json()["id"], input=[result], **body
+            )
+            thought = "<|channel|>analysis<|message|>let me see\n\nthere\n\nI look.<|end|>"
+            assert thought in prompt_of(app, submit) and "<|channel|>final" not in prompt_of(app, submit)
+
+    run(test())
+
+
+def test_logprobs_of_a_response_are_those_of_its_text(tmp_path: Path, tiny_chat_model: Path):
+    async def test() -> None:
+        async with speaking(tmp_path, tiny_chat_model) as app:
+            body = {"model": "tiny", "input": "hello", "include": ["message.output_text.logprobs"]}
+            asking = asyncio.create_task(app.http.post("/v1/responses", json=body))
+            submit = await app.answer(finish_reason=None)
+            ids = app.ids(THINKING_TWICE + FINAL)
+            for token_id in ids:
+                reason = "stop" if token_id is ids[-1] else None
+                output = SequenceOutput(submit.request_id, [token_id], reason, logprobs=[TokenLogprobs(-0.5, [], [])])
+                app.engine.send(StepOutput([output]))
+            texts = {
+                part["text"]: [app.ids(token["token"]) for token in part["logprobs"]]
+                for item in (await asking).json()["output"]
+                for part in item["content"]
+                if item["type"] == "message"
+            }
+            assert {text: [token_id for token in tokens for token_id in token] for text, tokens in texts.items()} == {
+                text: app.ids(text) for text in ("I look.", "It rains.")
+            }
 
     run(test())
 

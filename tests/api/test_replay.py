@@ -75,7 +75,7 @@ def faulty_rank(tmp_path_factory: pytest.TempPathFactory) -> FaultyRank:
 def server(
     tmp_path_factory: pytest.TempPathFactory, tiny_chat_model: Path, faulty_rank: FaultyRank
 ) -> Iterator[RunningServer]:
-    about = {"MODEL_REPO": str(tiny_chat_model), "RING_SIZE": "2", "PREFIX_CACHE": "false", "STEP_TIMEOUT": "4"}
+    about = {"MODEL_REPO": str(tiny_chat_model), "RING_SIZE": "2", "PREFIX_CACHE": "false", "STEP_TIMEOUT": "8"}
     made = RunningServer(tmp_path_factory.mktemp("server") / "project", {**about, **faulty_rank.environment})
     made.start()
     yield made

@@ -59,5 +59,5 @@ def test_logit_bias_is_for_tokens_of_the_vocabulary():
 
 def test_what_is_banned_is_so_whatever_the_request_says():
     request = chat(logit_bias={"7": 100, "8": 1})
-    made = sampling_params(request, Settings(), SamplingDefaults(), vocab_size=100, banned_ids=[7])
+    made = sampling_params(request, Settings(), SamplingDefaults(), vocab_size=100, banned_ids=[7, 100])
     assert made.logit_bias == {7: -math.inf, 8: 1}

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 SET_UP = """
 import logging, os, sys, threading
 logging.basicConfig(stream=sys.stderr, format="%(message)s")
-from distributed.fatal import die, die_of_hearing, introduce, start_thread, tell_at_the_end
+from distributed.fatal import die, die_of_hearing, end_with, introduce, start_thread, tell_at_the_end
 from distributed.frames import LastWords
 introduce("rank 2 (here)")
 tell_at_the_end(lambda words: print("told:", words.reason, words.out_of_memory, flush=True))
@@ -58,3 +60,22 @@ def test_the_others_are_told_even_where_the_log_blocks():
     program += "try:\n    while True: os.write(write, b'x' * 65536)\nexcept BlockingIOError: pass\n"
     ended = run(program + "os.set_blocking(write, True)\nos.dup2(write, 2)\ndie('broken')")
     assert ended.returncode == -14 and ended.stdout == "told: rank 2 (here): broken False\n"
+
+
+def test_a_process_ends_with_another_that_is_not_its_child_and_that_nobody_waits_for():
+    with subprocess.Popen(["sleep", "600"]) as other:
+        argv = [sys.executable, "-c", f"{SET_UP}end_with({other.pid}, 'the other')\nthreading.Event().wait()"]
+        with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(2)
+            other.kill()  # and is a zombie from now on
+            assert process.wait(60) == 0
+            assert (
+                process.stdout is not None and process.stdout.read() == "told: rank 2 (here): the other is gone False\n"
+            )
+
+
+def test_a_process_does_not_go_on_without_one_that_has_gone_already():
+    with subprocess.Popen(["true"]) as other:
+        other.wait()
+    assert run(f"end_with({other.pid}, 'the other')\nthreading.Event().wait()").returncode == 0

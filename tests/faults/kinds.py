@@ -19,8 +19,7 @@ from typing import Any, Protocol
 import httpx
 import psutil
 
-from api.processes import ring_processes
-from distributed.launch import instance_id
+from api.processes import runs
 from tests.faults.ring_file import LOOK_S, Ring, RingFile
 from tests.faulty_ranks import FaultyRank
 from tests.multihost.namespaces import Host
@@ -96,9 +95,10 @@ async def _kill_in_the_start(scene: Scene) -> None:
         said.add((await scene.health()).get("detail", ""))
         await asyncio.sleep(LOOK_S)
     scene.lost.add(launched.launcher_pid)
-    while True:
+    launcher = psutil.Process(launched.launcher_pid)
+    while runs(launcher):
         with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended is no victim
-            return scene.rng.choice(ring_processes(instance_id(scene.server.root))).kill()
+            return scene.rng.choice([launcher, *launcher.children(recursive=True)]).kill()
 
 
 def unplugged(host: Host, victim: str) -> Fault:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from api.chat.prompt import ChatPrompt
-from api.errors import InvalidRequest, UnsupportedParameter
+from api.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from api.output.harmony import HEADER, TOKENS
 from api.output.parser import CONTENT
 from api.structured.grammar import Function
@@ -114,6 +114,14 @@ def test_an_answer_that_was_cut_while_it_reasoned_is_left_out(model: ChatTokeniz
     turns = [*calling, assistant("", "so"), user("Go on.")]
     assert after_instructions(model, *turns) == after_instructions(model, *calling, user("Go on."))
     assert "hm" in after_instructions(model, *turns)
+
+
+def test_a_conversation_of_more_calls_than_the_template_can_write_in_time_is_refused(model: ChatTokenizer):
+    """It looks at all turns that follow each call."""
+    calls = [call("get", "{}", str(number)) for number in range(2500)]
+    assert refused(model, user("hi"), assistant(None, None, *calls), max_tokens=100_000) == "messages"
+    with pytest.raises(ContextLengthExceeded):  # without being written
+        prompt(model, user("hi"), assistant(None, None, *calls), max_tokens=2000)
 
 
 def test_results_without_a_call_before_them_are_text(model: ChatTokenizer):
@@ -269,6 +277,7 @@ def test_where_there_must_be_no_call_there_can_be_none(model: ChatTokenizer):
     called = [user("hi"), assistant(None, None, call("get", "{}", "1")), result("ONE", "1")]
     for made in (prompt(model, tools=[GET], tool_choice="none"), prompt(model, *called)):
         assert allows(model, made, f"{THOUGHT}{FINAL}No.") and not allows(model, made, f"{THOUGHT}{CALL_GET}")
+    assert prompt(model, tools=[GET], tool_choice="none", ignore_eos=True).grammar is None
 
 
 def test_only_allowed_tools_can_be_called(model: ChatTokenizer):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.output.harmony import BETWEEN_MESSAGES, HEADER, SHOWN_AS, TOKENS
+from api.output.harmony import HEADER, SHOWN_AS, TOKENS
 from api.output.parser import CONTENT, OutputFormat
 from api.output.tool_format import HARMONY
 from api.tokenizer import ChatTokenizer
@@ -36,7 +36,7 @@ def output(model: ChatTokenizer) -> OutputFormat:
         markers=model.markers(HARMONY),
         first=HEADER,
         tool_format=HARMONY,
-        between_messages=BETWEEN_MESSAGES,
+        has_messages=True,
         shown_as=SHOWN_AS,
     )
 
@@ -105,9 +105,7 @@ def test_messages_of_one_kind_are_one_text(output: OutputFormat):
     text = f"{THOUGHT}{NEXT}{THOUGHT}{NEXT}{PREAMBLE}{NEXT}{FINAL}<|return|>"
     assert read(output, text) == [("reasoning", "hm\n\nhm"), ("content", "I add.\n\nYes.")]
     text = f"{THOUGHT}{NEXT}{PREAMBLE}{NEXT}{THOUGHT}{NEXT}{FINAL}"
-    assert read(output, text) == [
-        ("reasoning", "hm"), ("content", "I add."), ("reasoning", "\n\nhm"), ("content", "\n\nYes.")
-    ]  # fmt: skip
+    assert read(output, text) == [("reasoning", "hm"), ("content", "I add."), ("reasoning", "hm"), ("content", "Yes.")]
     empty = f"<|channel|>analysis<|message|>{NEXT}{THOUGHT}{NEXT}<|channel|>final<|message|>"
     assert read(output, empty) == [("reasoning", "hm")]
 
@@ -165,6 +163,7 @@ def test_an_answer_may_end_anywhere(output: OutputFormat):
 def test_a_call_without_arguments_has_an_empty_object(output: OutputFormat):
     call = "<|channel|>commentary to=functions.now<|message|>"
     assert read(output, f"{call}<|call|>") == read(output, f"{call}{{}}<|call|>") == [("call", "now", "{}")]
+    assert read(output, f"{call} \n<|call|>") == [("call", "now", "{}")]
     assert read(output, call) == [("call", "now", "")]  # it was cut
 
 
@@ -181,6 +180,9 @@ def test_a_stop_string_ends_content_alone(output: OutputFormat):
     call = ("call", "add", '{"a": "STOP"}')
     assert read(output, text, stop=["STOP"]) == [("reasoning", "STOP"), call, ("content", "one ")]
     assert read(output, f"{PREAMBLE}{NEXT}{FINAL}", stop=["dd.", "X"]) == [("content", "I a")]
+    # What is between messages the model did not write.
+    assert read(output, f"{PREAMBLE}{NEXT}{FINAL}", stop=["\n\n"]) == [("content", "I add.\n\nYes.")]
+    assert read(output, f"{PREAMBLE}{NEXT}{FINAL}", stop=["add.Z"]) == [("content", "I add.\n\nYes.")]
 
 
 def test_an_answer_may_go_on_with_the_prompt_s_content(output: OutputFormat):

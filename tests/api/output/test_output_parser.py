@@ -53,10 +53,10 @@ def joined(deltas: Sequence[Delta]) -> list[tuple[str, ...]]:
             case ToolCallDelta(index, more):
                 assert parts[-1][0] == "call" and index == sum(part[0] == "call" for part in parts) - 1
                 parts[-1] = (*parts[-1][:2], parts[-1][2] + more)
-            case ContentDelta(text) | ReasoningDelta(text):
+            case ContentDelta() | ReasoningDelta():
                 kind = "content" if isinstance(delta, ContentDelta) else "reasoning"
-                before = parts.pop()[1] if parts and parts[-1][0] == kind else ""
-                parts.append((kind, before + text))
+                before = parts.pop()[1] if parts and parts[-1][0] == kind else None
+                parts.append((kind, delta.text if before is None else before + delta.continuing))
     return parts
 
 

@@ -108,6 +108,16 @@ def test_reasoning_belongs_to_the_answer_after_it(reasoning: dict[str, Any], fol
     assert with_reasoning == {**without, "reasoning_content": "hm"}
 
 
+def test_words_between_reasoning_and_a_call_are_of_the_same_turn():
+    first, second = (
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": text}]} for text in "ab"
+    )
+    words = {"role": "assistant", "content": "ok"}
+    (turn,) = messages(first, words, second, CALL)
+    assert (turn["reasoning_content"], turn["content"]) == ("a\n\nb", "ok")
+    assert turn["tool_calls"] == messages(CALL)[0]["tool_calls"]
+
+
 def test_reasoning_that_no_answer_follows_is_a_message_of_its_own():
     item = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
     cut = {"role": "assistant", "content": "", "reasoning_content": "hm"}
