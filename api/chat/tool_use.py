@@ -11,7 +11,7 @@ from typing import Any
 
 from api.output.tool_format import GENERIC, ToolFormat
 from api.schemas.chat import AllowedTools, AssistantMessage, ChatCompletionRequest, NamedTool, TextFormat, Tool
-from api.structured.grammar import Function
+from api.structured.request_schemas import Function
 
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 

@@ -11,32 +11,14 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-from api.errors import InvalidRequest, UnsupportedParameter
-from api.structured.json_schema import Schemas
-from api.structured.schema_check import HEAD, check, json_rule
-from api.structured.schema_cost import SchemaError, SchemaTooLarge, UnsupportedKeyword
-
-MAX_SCHEMA_BYTES = 256 * 1024  # of one schema, as JSON
-MAX_TOOLS_BYTES = 1024 * 1024  # of all functions' schemas together
+from api.structured.request_schemas import ANY_OBJECT, Function, call_schema, content_schema
+from api.structured.schema_check import HEAD, json_rule
 
 # Every grammar made here begins so, that another can be put around it.
 START = f"{HEAD}start: answer\n"
 TEXT = "TEXT: /(.|\\n)+/\n"
-_ANY_OBJECT: dict[str, Any] = {"type": "object"}
-_NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-
-
-@dataclass(frozen=True)
-class Function:
-    """A tool as the request gives it; `param` names its schema's field: `tools[0].function.parameters`."""
-
-    name: str
-    parameters: dict[str, Any] | None
-    strict: bool
-    param: str
 
 
 @dataclass(frozen=True)
@@ -59,7 +41,7 @@ class SpecialTokens:
 
 def json_object() -> str:
     """Any JSON object."""
-    return f"{START}answer: {json_rule(_ANY_OBJECT)}\n"
+    return f"{START}answer: {json_rule(ANY_OBJECT)}\n"
 
 
 def json_schema(schema: dict[str, Any], *, strict: bool | None, param: str) -> str:
@@ -70,7 +52,7 @@ def json_schema(schema: dict[str, Any], *, strict: bool | None, param: str) -> s
     Raises:
         InvalidRequest, UnsupportedParameter: they name `param` and the place in the schema.
     """
-    return f"{START}answer: {json_rule(_enforceable(_text_of(schema, param), bool(strict), param))}\n"
+    return f"{START}answer: {json_rule(content_schema(schema, strict=bool(strict), param=param))}\n"
 
 
 def tool_calls(
@@ -101,7 +83,7 @@ def tool_calls(
     Raises:
         InvalidRequest, UnsupportedParameter: they name the function's `param` and the place in the schema.
     """
-    calls = json_rule(_calls(_texts_of(functions), required, name_key, arguments_key))
+    calls = json_rule(call_schema(functions, required=required, name_key=name_key, arguments_key=arguments_key))
     closing = _exactly(end, special_tokens)
     if required:
         more = f" ({_exactly(separator, special_tokens)}? call)*" if separator else " call*"
@@ -114,20 +96,6 @@ def tool_calls(
     free = f"free: {_free(special_tokens, except_for=marker)}\n"
     call = f"call: opening {gap} {calls} {closing}\n{_up_to(marker, special_tokens, 'opening')}"
     return f"{START}answer: {'call* free' if parallel else 'call | free'}\n{call}{free}{TEXT}"
-
-
-def arguments_rules(functions: Sequence[Function], *, required: bool) -> dict[str, str]:
-    """What the arguments of each function must look like, by its name, for formats whose calls are not JSON as a whole.
-
-    With `required` as in `tool_calls`, which also says what is raised.
-    """
-    calls = _calls(_texts_of(functions), required, "name", "arguments")
-    rules = {}
-    for index, (function, call) in enumerate(zip(functions, calls["anyOf"], strict=True)):
-        own = {name: schema for name, schema in calls.get("$defs", {}).items() if name.startswith(f"{index}-")}
-        arguments = call["properties"]["arguments"]
-        rules[function.name] = json_rule(arguments | {"$defs": own} if own else arguments)
-    return rules
 
 
 def answer_rule(grammar: str) -> str:
@@ -212,94 +180,3 @@ def _ranges(token_ids: Sequence[int]) -> str:
         else:
             ranges.append([token_id, token_id])
     return f"<[{','.join(f'{start}-{end}' for start, end in ranges)}]>" if ranges else ""
-
-
-# -- schemas ---------------------------------------------------------------------------------------------------------
-
-
-def _texts_of(functions: Sequence[Function]) -> tuple[tuple[str, str, bool, str], ...]:
-    """The functions as `_calls` takes them: (name, schema as JSON, strict, param)."""
-    texts = tuple(
-        (function.name, _text_of(function.parameters, function.param), function.strict, function.param)
-        for function in functions
-    )
-    if sum(len(text) for _, text, _, _ in texts) > MAX_TOOLS_BYTES:
-        raise InvalidRequest(f"The functions' schemas are larger than {MAX_TOOLS_BYTES} bytes together.", param="tools")
-    return texts
-
-
-def _text_of(schema: dict[str, Any] | None, param: str) -> str:
-    """The schema as JSON, which is its key in the caches."""
-    try:
-        text = json.dumps(schema, ensure_ascii=False)
-    except RecursionError:
-        raise InvalidRequest("The schema is nested too deeply.", param=param) from None
-    if (size := len(text.encode())) > MAX_SCHEMA_BYTES:
-        raise InvalidRequest(
-            f"The schema has {size} bytes, and at most {MAX_SCHEMA_BYTES} are taken.", param=param, code="invalid_value"
-        )
-    return text
-
-
-@lru_cache(maxsize=64)
-def _enforceable(text: str, strict: bool, param: str) -> dict[str, Any]:
-    schemas = Schemas()
-    try:
-        schema = schemas.add(json.loads(text), strict=strict)
-        check(schema, schemas)
-    except SchemaError as error:
-        raise _refusal(error, param) from None
-    return schema | _definitions(schemas)
-
-
-@lru_cache(maxsize=64)
-def _calls(
-    functions: tuple[tuple[str, str, bool, str], ...], required: bool, name_key: str, arguments_key: str
-) -> dict[str, Any]:
-    """A schema of a call of one of the functions, an option for each in their order."""
-    together = Schemas()
-    calls = []
-    for index, (name, text, strict, param) in enumerate(functions):
-        arguments = _ANY_OBJECT
-        if strict or required:
-            own = Schemas(f"{index}-", together.budget)
-            try:
-                arguments = _arguments(json.loads(text), strict, own)
-            except SchemaError as error:
-                raise _refusal(error, param) from None
-            together.definitions |= own.definitions
-        properties = {name_key: {"const": name}, arguments_key: arguments}
-        call = {"type": "object", "properties": properties, "required": [name_key, arguments_key]}
-        calls.append(call | {"additionalProperties": False})
-    schema: dict[str, Any] = {"anyOf": calls}
-    try:
-        check(schema, together)
-    except SchemaError as error:
-        raise InvalidRequest(f"The functions cannot be enforced together: {error.message}.", param="tools") from None
-    return schema | _definitions(together)
-
-
-def _arguments(parameters: dict[str, Any] | None, strict: bool, schemas: Schemas) -> dict[str, Any]:
-    """The schema of a function's arguments."""
-    if not parameters:
-        return _NO_ARGUMENTS
-    try:
-        arguments = schemas.add(parameters, strict=strict, lenient=not strict)
-        check(arguments, schemas)
-    except (UnsupportedKeyword, SchemaTooLarge):
-        if strict:
-            raise
-        return _ANY_OBJECT
-    return arguments if arguments.get("type") == "object" else {"allOf": [_ANY_OBJECT, arguments]}
-
-
-def _definitions(schemas: Schemas) -> dict[str, Any]:
-    return {"$defs": schemas.definitions} if schemas.definitions else {}
-
-
-def _refusal(error: SchemaError, param: str) -> InvalidRequest:
-    """OpenAI's error object has one `param`, the field; the message has the place within it."""
-    place = error.place if len(error.place) <= 200 else f"{error.place[:100]}…{error.place[-100:]}"
-    if isinstance(error, UnsupportedKeyword):
-        return UnsupportedParameter(f"Unsupported schema at {place}: {error.message}.", param=param)
-    return InvalidRequest(f"Invalid schema at {place}: {error.message}.", param=param, code="invalid_value")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from api.structured.grammar import START, TEXT, Function, answer_rule, arguments_rules
+from api.structured.grammar import START, TEXT, answer_rule
+from api.structured.request_schemas import Function, arguments_rules
 
 
 def harmony_answer(

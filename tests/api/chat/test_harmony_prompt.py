@@ -9,8 +9,8 @@ from api.chat.prompt import ChatPrompt
 from api.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from api.output.harmony import HEADER, TOKENS
 from api.output.parser import CONTENT
-from api.structured.grammar import Function
 from api.structured.harmony import harmony_answer
+from api.structured.request_schemas import Function
 from api.tokenizer import ChatTokenizer
 from tests.api.chat.template_models import HARMONY, harmony_model, template_model
 from tests.api.chat.test_chat_prompt import (

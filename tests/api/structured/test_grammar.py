@@ -12,7 +12,6 @@ from pydantic import BaseModel
 
 from api.errors import InvalidRequest, UnsupportedParameter
 from api.structured.grammar import (
-    Function,
     SpecialTokens,
     after_reasoning,
     either,
@@ -20,6 +19,7 @@ from api.structured.grammar import (
     json_schema,
     tool_calls,
 )
+from api.structured.request_schemas import Function
 from tests.grammars import fits, special_ids
 
 PARAM = "response_format.json_schema.schema"
