@@ -78,7 +78,11 @@ async def _http_exception(request: Request, error: Exception) -> Response:
         if method == "OPTIONS":  # not a preflight, those end in the CORS middleware
             return Response(status_code=204, headers=allow)
         return error_response_for(request.scope, MethodNotAllowed(f"Not allowed to {method} on {path}."), allow)
-    return error_response_for(request.scope, NotFound(f"Invalid URL ({method} {path})"))
+    message = (
+        f"Invalid URL ({method} {path}). The base URL of OpenAI's clients is http://HOST:PORT/v1, that of Anthropic's "
+        "http://HOST:PORT; GET /docs shows every path."
+    )
+    return error_response_for(request.scope, NotFound(message))
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:

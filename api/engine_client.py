@@ -92,17 +92,9 @@ class EngineClient:
         running = sum(generation.is_running for generation in mine)
         waiting = len(mine) - running
         if not self._limits.has_room(owner, num_more, num_running=running, num_waiting=waiting, num_free=free):
-            raise QueueFull(
-                f"{waiting} requests of this API key are waiting already "
-                f"(MAX_QUEUED_REQUESTS_PER_KEY={self._limits.max_queued}). Try again later.",
-                retry_after_s=RETRY_AFTER_S,
-            )
+            raise _queue_full(waiting, " of this API key", "MAX_QUEUED_REQUESTS_PER_KEY", self._limits.max_queued)
         if self.num_waiting + num_more > self._max_queued_requests + free:
-            raise QueueFull(
-                f"{self.num_waiting} requests are waiting already (MAX_QUEUED_REQUESTS={self._max_queued_requests}). "
-                "Try again later.",
-                retry_after_s=RETRY_AFTER_S,
-            )
+            raise _queue_full(self.num_waiting, "", "MAX_QUEUED_REQUESTS", self._max_queued_requests)
 
     def submit(self, *generations: Generation) -> None:
         """Accept all of an answer's, or none (ApiError): from here on they are answered, whatever the ring does."""
@@ -316,6 +308,14 @@ class EngineClient:
     def _fail(self, generation: Generation, error: ApiError) -> None:
         self._forget(generation)
         generation.fail(error)
+
+
+def _queue_full(num_waiting: int, whose: str, setting: str, limit: int | None) -> QueueFull:
+    if num_waiting:
+        why = f"{num_waiting} requests{whose} are waiting already"
+    else:  # the limit is 0, or the answers of one request are too many
+        why = f"Too few places are free, and {f'at most {limit}' if limit else 'no'} requests{whose} may wait for one"
+    return QueueFull(f"{why} ({setting}={limit}). Try again later.", retry_after_s=RETRY_AFTER_S)
 
 
 def _does_not_fit(generation: Generation, ready: Ready) -> ApiError:

@@ -27,7 +27,7 @@ class RequestMetrics:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             f"{PREFIX}_requests",
-            "Requests by how they ended: stop, length, abort (the client left), or the status of the error.",
+            "Requests by how they ended: stop, length, tool_calls, abort (the client left), or their error's status.",
             ["outcome"],
             registry=self.registry,
         )

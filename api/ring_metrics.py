@@ -70,7 +70,7 @@ class RingCollector(Collector):
         yield GaugeMetricFamily(f"{PREFIX}_num_requests_waiting", "Requests that wait.", engine.num_waiting)
         if engine.serving_since is not None and engine.ready is not None:
             capacity = engine.ready.kv_cache_tokens
-            yield GaugeMetricFamily(f"{PREFIX}_kv_cache_capacity_tokens", "Tokens the KV cache holds.", capacity)
+            yield GaugeMetricFamily(f"{PREFIX}_kv_cache_capacity_tokens", "Tokens the KV cache can hold.", capacity)
 
 
 def _scheduler(counters: SchedulerCounters) -> Iterable[Metric]:

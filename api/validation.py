@@ -7,6 +7,7 @@ schema says; whether the model and its limits allow a request is the routes' to 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from api.body import parse_json_object
 from api.errors import ApiError, InvalidRequest, UnknownParameter, UnsupportedParameter
+from api.known_fields import likely_meant
 
 Schema = TypeVar("Schema", bound=BaseModel)
 Path = tuple[str | int, ...]
@@ -38,6 +40,8 @@ _EXPECTED = {
     "content_type": "a string or an array of content parts",
     "prompt_type": "a string, or an array of strings, of token ids, or of arrays of token ids",
 }
+# Types of content parts and blocks, OpenAI's and Anthropic's.
+_NOT_TEXT = frozenset("image_url input_audio file input_image input_file image document".split())
 _BOUNDS = {
     "greater_than_equal": ("below_min_value", "below minimum value. Expected a value >=", "ge"),
     "greater_than": ("below_min_value", "below minimum value. Expected a value >", "gt"),
@@ -77,8 +81,20 @@ def validate(
             ignored += [_dotted(path) for path in paths]
             for path in paths:
                 body = _without(body, path)
+        elif others:
+            raise _as_api_error(body, others[0])
         else:
-            raise _as_api_error(body, (others or unknown)[0])
+            raise _unknown(schema, _path(body, unknown[0]["loc"]), may_pass=unknown_fields == "reject")
+
+
+def _unknown(schema: type[BaseModel], path: Path, *, may_pass: bool) -> UnknownParameter:
+    """`may_pass`: whether another setting of the server would let it pass."""
+    message = f"Unknown parameter: '{_dotted(path)}'."
+    if meant := likely_meant(schema, path):
+        message += f" Did you mean '{_dotted((*path[:-1], meant))}'?"
+    if may_pass:
+        message += " With the server's setting UNKNOWN_FIELDS=warn it would be left out instead of refused."
+    return UnknownParameter(message, param=_dotted(path))
 
 
 def _as_api_error(body: dict[str, Any], finding: ErrorDetails) -> ApiError:
@@ -89,12 +105,12 @@ def _as_api_error(body: dict[str, Any], finding: ErrorDetails) -> ApiError:
     if kind == "missing" or (kind == "union_tag_not_found" and isinstance(value, dict)):
         name = name if kind == "missing" else _dotted((*path, _tag_field(context)))
         return InvalidRequest(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
-    if kind == "extra_forbidden":
-        return UnknownParameter(f"Unknown parameter: '{name}'.", param=name)
     if kind == "unsupported":
+        *most, last = [json.dumps(accepted) for accepted in context["accepted"]]
+        accepted = f"{', '.join(most)} or {last}" if most else last
         return UnsupportedParameter(
             f"Unsupported parameter: '{name}' is not supported by this server with the value you gave; "
-            "leave it out, or send null.",
+            f"leave it out, or send {accepted}.",
             param=name,
         )
     if kind == "conflict":
@@ -121,6 +137,8 @@ def _as_api_error(body: dict[str, Any], finding: ErrorDetails) -> ApiError:
 
 def _invalid_value(name: str, value: Any, expected: str) -> InvalidRequest:
     message = f"Invalid value for '{name}': {_short(value)}. Supported values are: {expected}."
+    if isinstance(value, str) and value in _NOT_TEXT:
+        message += " The served model reads text only."
     return InvalidRequest(message, param=name, code="invalid_value")
 
 

@@ -26,6 +26,7 @@ MAX_STOP_LENGTH = 1024  # characters; how much text a stream may have to hold ba
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 MAX_MESSAGES = 10_000  # or items, of one request
+NOT_DONE = "Not done by this server: no other value is taken."  # how a schema describes such a field
 
 
 class Received(BaseModel):
@@ -43,6 +44,11 @@ class Sent(BaseModel):
         return self.model_dump_json(exclude_unset=True)
 
 
+def unsupported(*accepted: Any) -> PydanticCustomError:
+    """For a documented value that is not done, where these are."""
+    return PydanticCustomError("unsupported", "not supported by this server", {"accepted": accepted})
+
+
 class only:  # reads as a word of the schema
     """A documented field that is not done: null and the values that ask for nothing are fine, the rest is a 400."""
 
@@ -52,13 +58,13 @@ class only:  # reads as a word of the schema
     def _check(self, value: Any) -> Any:
         if value is None or any(type(value) is type(other) and value == other for other in self._neutral):
             return value
-        raise PydanticCustomError("unsupported", "not supported by this server")
+        raise unsupported(None, *self._neutral)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"enum": [None, *self._neutral], "description": "Not done by this server: no other value is taken."}
+        return {"enum": [None, *self._neutral], "description": NOT_DONE}
 
 
 def conflict(param: str, message: str) -> PydanticCustomError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
 
 from api.schemas.base import (
     MAX_TOP_LOGPROBS,
@@ -16,6 +15,7 @@ from api.schemas.base import (
     TokenCount,
     conflict,
     only,
+    unsupported,
 )
 from api.schemas.chat import MAX_TOOLS, FunctionName, JsonObjectFormat, JsonSchema, ReasoningEffort, TextFormat
 from api.schemas.response_items import Input, InputMessage, ReceivedItem
@@ -100,7 +100,7 @@ _Documented = Literal[
 
 def _done(name: str) -> str:
     if name not in (LOGPROBS, ENCRYPTED_REASONING):
-        raise PydanticCustomError("unsupported", "not supported by this server")
+        raise unsupported(LOGPROBS, ENCRYPTED_REASONING)
     return name
 
 

@@ -49,6 +49,18 @@ def test_what_is_not_there_is_said_in_openai_s_form(
     run(test())
 
 
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/", "/chat/completions", "/v1/v1/messages", "/api/v1/models"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_wrong_base_url_is_answered_with_the_right_one(tmp_path: Path, tiny_chat_model: Path, method: str, path: str):
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model) as app:
+            error = assert_openai_error(await app.http.request(method, path), 404, "unknown_url")
+            assert f"({method} {path})" in error["message"]
+            assert "http://HOST:PORT/v1" in error["message"] and "/docs" in error["message"]
+
+    run(test())
+
+
 @pytest.mark.parametrize(
     ("content", "headers", "status"),
     [

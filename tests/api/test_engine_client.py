@@ -422,13 +422,29 @@ def test_an_error_of_the_engine_reaches_the_request(client: EngineClient, tmp_pa
     run(test())
 
 
+def test_a_request_that_may_not_wait_is_told_so(tmp_path: Path):
+    client = EngineClient({}, max_queued_requests=0, request_timeout_s=10)
+
+    async def test() -> None:
+        async with connected(client, tmp_path) as engine:  # 2 run, none may wait
+            requests = [generation(), generation()]
+            for request in requests:
+                client.submit(request)
+                engine.step(request.request_id, 11, start=True)
+            await until(lambda: client.num_running == 2)
+            with pytest.raises(QueueFull, match=r"^Too few places are free, and no requests may wait .*=0\)"):
+                client.submit(generation())
+
+    run(test())
+
+
 def test_past_the_queue_s_end_a_request_is_refused(client: EngineClient, tmp_path: Path):
     async def test() -> None:
         async with connected(client, tmp_path) as engine:  # 2 run, 1 may wait
             requests = [generation() for _ in range(3)]
             for request in requests:
                 client.submit(request)
-            with pytest.raises(QueueFull) as raised:
+            with pytest.raises(QueueFull, match=r"^3 requests are waiting already \(MAX_QUEUED_REQUESTS=1\)") as raised:
                 client.submit(generation())
             assert raised.value.retry_after_s
             for request in requests[:2]:

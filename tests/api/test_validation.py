@@ -7,12 +7,14 @@ import pytest
 
 from api import validation
 from api.errors import ApiError, InvalidRequest, UnknownParameter, UnsupportedParameter, error_object
+from api.schemas.anthropic import MessagesRequest
 from api.schemas.chat import AssistantMessage, ChatCompletionRequest
-from api.schemas.responses import InputItemsQuery
+from api.schemas.responses import ENCRYPTED_REASONING, LOGPROBS, InputItemsQuery, ResponseRequest
 from api.validation import parse_request, validate
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "f"}}
+EVERYWHERE = {"model": "m", "messages": [USER], "max_tokens": 5}  # what each endpoint needs of these is enough for it
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
@@ -88,6 +90,22 @@ def test_a_documented_field_that_is_not_done_is_named(field: str, value: Any):
     with pytest.raises(UnsupportedParameter, match=f"'{field}'") as raised:
         parse(**{field: value})
     assert raised.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("schema", "fields", "instead"),
+    [
+        (ChatCompletionRequest, {"verbosity": "low"}, 'null or "medium".'),
+        (ChatCompletionRequest, {"service_tier": "priority"}, 'null, "auto" or "default".'),
+        (ChatCompletionRequest, {"audio": {}}, "send null."),
+        (ResponseRequest, {"include": ["file_search_call.results"]}, f'"{LOGPROBS}" or "{ENCRYPTED_REASONING}".'),
+    ],
+)
+def test_a_value_that_is_not_done_is_answered_with_those_that_are(schema: Any, fields: dict[str, Any], instead: str):
+    body = {name: value for name, value in EVERYWHERE.items() if name in schema.model_fields}
+    with pytest.raises(UnsupportedParameter) as raised:
+        validate(schema, body | fields, "reject")
+    assert raised.value.message.endswith(instead)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +212,7 @@ def test_a_part_that_is_no_text_is_refused_by_name(kind: str):
     error = message(role="user", content=[{"type": "text", "text": "look"}, {"type": kind, kind: {}}])
     assert error.param == "messages[0].content[1].type"
     assert f"'{kind}'" in error.message
+    assert ("reads text only" in error.message) == (kind != "refusal")
 
 
 def test_text_parts_are_one_text():
@@ -227,6 +246,30 @@ def test_a_field_nobody_documents_is_refused_by_name_wherever_it_is():
         assert raised.value.param == name
 
 
+@pytest.mark.parametrize(
+    ("schema", "fields", "meant"),
+    [
+        (ChatCompletionRequest, {"max_token": 5}, "max_tokens"),
+        (ChatCompletionRequest, {"messages": [{**USER, "nam": "x"}]}, "messages[0].name"),
+        (ChatCompletionRequest, {"tools": [{**TOOL, "functions": {}}]}, "tools[0].function"),
+        (ResponseRequest, {"max_tokens": 5}, "max_output_tokens"),
+        (ResponseRequest, {"input": [{**USER, "contents": "x"}]}, "input[0].content"),
+        (InputItemsQuery, {"limits": "5"}, "limit"),
+        (ChatCompletionRequest, {"frobnicate": 1}, None),
+        (ChatCompletionRequest, {"messages": [{**USER, "tool_calls": []}]}, None),  # the assistant's
+        (MessagesRequest, {"seed": 1}, None),  # like speed, which is not done
+        (ChatCompletionRequest, {"max_token" + "s" * 5_000_000: 5}, None),
+    ],
+)
+def test_a_misspelt_field_is_answered_with_the_one_it_is_like(schema: Any, fields: dict[str, Any], meant: str | None):
+    body = {name: value for name, value in EVERYWHERE.items() if name in schema.model_fields}
+    with pytest.raises(UnknownParameter) as raised:
+        validate(schema, body | fields, "reject")
+    suggested = f"Did you mean '{meant}'?"
+    assert suggested in raised.value.message if meant else "Did you mean" not in raised.value.message
+    assert "UNKNOWN_FIELDS=warn" in raised.value.message
+
+
 def test_unknown_fields_are_left_out_and_reported_where_the_settings_say_so():
     part = {"type": "text", "text": "hi", "weight": 2}
     messages = [{"role": "user", "content": [part], "mood": "good"}]
@@ -243,8 +286,9 @@ def test_a_wrong_value_is_refused_also_where_unknown_fields_are_not():
 
 
 def test_too_many_unknown_fields_are_refused_even_where_some_are_let_pass():
-    with pytest.raises(UnknownParameter):
+    with pytest.raises(UnknownParameter) as raised:
         parse("warn", **{f"field{number}": 1 for number in range(101)})
+    assert "UNKNOWN_FIELDS" not in raised.value.message  # it is set so already
 
 
 def test_a_million_wrong_messages_are_one_error():
