@@ -260,6 +260,14 @@ def test_a_machine_that_is_away_is_named_and_waited_for_and_blames_no_request(su
     assert supervisor.machines.missed == [] and script.blamed == 0
 
 
+def test_a_reason_to_give_up_is_not_told_as_a_step_of_the_start_before(supervisor: Any):
+    step = supervisor.detail
+    supervisor._lost(RingLost("no request fits", permanent=True))
+    assert supervisor.detail == step
+    supervisor._lost(RingLost("rank 1 did not come"))
+    assert supervisor.detail == "rank 1 did not come"
+
+
 def test_a_machine_that_was_never_there_is_the_reason_why_the_start_fails(supervisor: Any):
     away = {"mac2": HostAway("mac2: it does not answer")}
     Script(supervisor, [RingLost("rank 0 is gone")] * 3, [away] * 3)
