@@ -19,7 +19,7 @@ from distributed.hosts import own_address_towards
 
 Health = dict[str, Any]
 
-_ELSEWHERE = "192.0.2.1"  # an address that no machine has (RFC 5737): the way there is the one to other machines
+_ELSEWHERE = "192.0.2.1"  # of a network for documentation (RFC 5737): the way there is the one to other machines
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
