@@ -25,8 +25,10 @@ from api import reload
 from api.ports import check_port
 from api.runtime_files import API_FILE, AlreadyRunning, only_server_of, write_json
 from config import ConfigError, Settings, load_config
+from config.combinations import warnings
 from config.load import export_passthrough
 from config.logging import setup_api_logging
+from config.settings import PROCESS_FIELDS
 from distributed.launch import instance_id, run_dir
 
 logger = logging.getLogger("api")
@@ -58,7 +60,8 @@ def main() -> int:
     try:
         with only_server_of(run_dir(root)), _bound(settings.api_host, settings.api_port) as listener:
             about = {"pid": os.getpid(), "host": settings.api_host, "port": settings.api_port, "basis": basis}
-            write_json(run_dir(root) / API_FILE, {**about, "instance": arguments.instance, "started": time.time()})
+            about |= {"keys": reload.digests(settings, PROCESS_FIELDS), "instance": arguments.instance}
+            write_json(run_dir(root) / API_FILE, {**about, "started": time.time()})
             gc.collect()
             gc.freeze()  # what was imported stays: the collector, for which all streams wait, need not look at it again
             asyncio.run(_serve(settings, arguments.instance, listener))
@@ -152,6 +155,8 @@ async def _serve(settings: Settings, instance: str, listener: socket.socket) -> 
         if asked is not None and supervisor.reload(*asked):
             reload.confirm(folder)
 
+    for warning in warnings(settings):
+        logger.warning("%s", warning)
     loop.add_signal_handler(reload.ASK, on_reload)
     for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(signal_number, on_signal)

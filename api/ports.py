@@ -1,9 +1,14 @@
-"""Whether a TCP port is free to listen on. Used before the api and before the ring listen; binds nothing for good."""
+"""Whether a TCP port is free to listen on, and who has it if not. Used before the api and before the ring listen.
+
+It binds nothing for good.
+"""
 
 from __future__ import annotations
 
 import socket
 import sys
+
+import psutil
 
 
 def check_port(address: str, port: int) -> None:
@@ -16,3 +21,13 @@ def check_port(address: str, port: int) -> None:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((asked, port))
+
+
+def holder(port: int) -> str:
+    """Who listens on `port`, to follow the system's word for the failure: ": process 4711, python"; "" if unknown."""
+    try:
+        connections = psutil.net_connections("tcp")
+        pid = next(c.pid for c in connections if c.laddr and c.laddr.port == port and c.status == psutil.CONN_LISTEN)
+        return f": process {pid}, {psutil.Process(pid).name()}" if pid else ""
+    except (psutil.Error, StopIteration):  # macOS shows other processes' ports to root alone
+        return ""

@@ -12,7 +12,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import psutil
 from pydantic import ValidationError
 
 from api.processes import runs
-from api.runtime_files import API_FILE, RELOAD_FILE, write_json
+from api.runtime_files import API_FILE, RELOAD_FILE, RING_FILE, read_json, write_json
 from config import Settings
 from config.names import is_foreign
 from config.settings import PROCESS_FIELDS, RING_FIELDS
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 ASK = signal.SIGUSR1
 ANSWER_S = 10.0
 POLL_S = 0.02
+TAKES_OVER = "a new ring takes over; accepted requests wait for it"
 
 _PROJECT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("api", "config", "distributed", "server")
@@ -52,11 +53,17 @@ def basis(settings: Settings, environ: Mapping[str, str]) -> str:
     for path in sorted(path for package in _PACKAGES for path in (_PROJECT / package).rglob("*.py")):
         digest.update(path.read_bytes())
     digest.update((_PROJECT / "requirements.lock").read_bytes())
-    fields = settings.model_dump(mode="json", include=set(PROCESS_FIELDS))
-    fields["api_keys"] = [(entry.label, entry.key.get_secret_value()) for entry in settings.api_keys]
     foreign = settings.passthrough_env | {name: value for name, value in environ.items() if is_foreign(name)}
-    digest.update(json.dumps([fields, foreign], sort_keys=True).encode())
+    digest.update(json.dumps([digests(settings, PROCESS_FIELDS), foreign], sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def digests(settings: Settings, fields: Iterable[str]) -> dict[str, str]:
+    """A digest of each field's value: enough to see later which ones differ, and keys are not shown."""
+    values = settings.model_dump(mode="json", include=set(fields))
+    if "api_keys" in values:
+        values["api_keys"] = [(entry.label, entry.key.get_secret_value()) for entry in settings.api_keys]
+    return {field: hashlib.sha256(json.dumps(values[field]).encode()).hexdigest() for field in sorted(values)}
 
 
 # -- the command line's side -----------------------------------------------------------------------------------------
@@ -64,11 +71,18 @@ def basis(settings: Settings, environ: Mapping[str, str]) -> str:
 
 def may_ask(folder: Path, api: psutil.Process, basis: str) -> bool:
     """Whether the running process knows the signal, and differs from one started now in nothing but its ring."""
-    try:
-        about = json.loads((folder / API_FILE).read_text())
-    except (OSError, ValueError):
-        return False
+    about = read_json(folder / API_FILE)
     return about.get("pid") == api.pid and about.get("basis") == basis
+
+
+def differences(folder: Path, api: psutil.Process, settings: Settings) -> list[str]:
+    """The keys of which `settings` has other values than the running server, as far as that has said what it has."""
+    about, ring = read_json(folder / API_FILE), read_json(folder / RING_FILE)
+    if about.get("pid") != api.pid or "keys" not in about:
+        return []
+    held = about["keys"] | ring.get("keys", {})
+    now = digests(settings, held)
+    return [field.upper() for field in now if now[field] != held[field]]
 
 
 def ask(folder: Path, api: psutil.Process, settings: Settings, model_path: Path) -> bool:

@@ -56,6 +56,14 @@ def lock_port(port: int) -> IO[str]:
     return lock
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote; empty where it is not there."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replaces the file as a whole, so a reader never sees half of it. Nobody but its owner may read it."""
     draft = path.with_suffix(f".{os.getpid()}.tmp")

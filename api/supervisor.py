@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from api.engine_client import RETRY_AFTER_S, EngineClient
 from api.errors import NotReady
+from api.reload import TAKES_OVER, digests
 from api.restart_policy import RestartPolicy, RingLost
 from api.ring_machines import RingMachines, reasons
 from api.ring_ports import RingPorts
@@ -27,6 +28,7 @@ from api.ring_watch import STALL_S, Replaced, RingWatch
 from api.runtime_files import RING_FILE, write_json
 from api.tokenizer import ChatTokenizer
 from config import Settings
+from config.settings import RING_FIELDS
 from distributed.errors import DistributedError, HostAway, ModelError, ModelUnavailable
 from distributed.hosts import ring_hosts
 from distributed.launch import run_dir
@@ -38,6 +40,7 @@ State = Literal["starting", "ready", "restarting", "failed", "stopping"]
 
 END_GRACE_S = 10.0  # for ranks that are asked to end
 LOST_GRACE_S = 1.0  # for what is left of a ring that was lost: it ends by itself, or is wedged
+GOES_BACK = "these settings do not work: the ring from before comes back"
 LONGEST_PAUSE_S = 10.0  # between two looks for a machine that is away
 
 
@@ -153,7 +156,7 @@ class Supervisor:
         self.notice = ""
         self._asked_settings = settings
         self._reloads.set()
-        self._enter("restarting", "a new ring takes over")
+        self._enter("restarting", TAKES_OVER)
         return True
 
     def _take_asked_settings(self) -> None:
@@ -166,12 +169,20 @@ class Supervisor:
         """Whether the next ring has other settings: those asked for, or after them, if they never served, the old."""
         if self._asked_settings is not None:
             return True
-        if lost.has_served or self._served_settings in (None, self._settings):
+        if not self._may_go_back(lost):
             return False
-        self.notice = f"the settings of the last restart do not work, those from before serve: {lost.reason}"
+        assert self._served_settings is not None
+        self.notice = (
+            f"the settings of the last restart do not work, those from before serve: {lost.reason} (this is said until"
+            " the next ./launch.sh restart)"
+        )
         logger.error("%s", self.notice)
         self._use(self._served_settings)
         return True
+
+    def _may_go_back(self, lost: RingLost) -> bool:
+        """Whether the settings never served, and others did before them."""
+        return not lost.has_served and self._served_settings not in (None, self._settings)
 
     def _use(self, settings: Settings) -> None:
         self._settings = settings
@@ -248,7 +259,10 @@ class Supervisor:
             self.num_lost += 1
         self._lost_at = time.time()
         logger.error("the ring is lost: %s", lost.reason)
-        self._enter("starting" if self.tokenizer is None else "restarting", lost.reason)
+        if self._may_go_back(lost):
+            self._enter("restarting", GOES_BACK)
+        elif self.tokenizer is not None or not lost.permanent:  # else `_give_up` says it in a moment, once
+            self._enter("starting" if self.tokenizer is None else "restarting", lost.reason)
         return lost
 
     async def _wait_for_machines(self, away: Mapping[str, HostAway]) -> None:
@@ -279,7 +293,9 @@ class Supervisor:
     def _write_ring_file(self, ring: RingProcess, ready: Ready | None = None) -> None:
         ranks = [{"rank": rank.rank, "host": rank.host, "pid": rank.pid} for rank in ready.ranks] if ready else []
         path = run_dir(self._settings.project_root) / RING_FILE
-        write_json(path, {"launcher_pid": ring.pid, "instance": self._instance, "ranks": ranks})
+        about = {"launcher_pid": ring.pid, "instance": self._instance, "ranks": ranks}
+        about["ports"] = self._ports.taken
+        write_json(path, {**about, "keys": digests(self._settings, RING_FIELDS)})
 
 
 async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:

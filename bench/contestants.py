@@ -22,7 +22,8 @@ import psutil
 
 from bench.client import Request, Target, ask_all
 from distributed.layer_times import times_file
-from tests.running_server import PROJECT, RunningServer, free_ports
+from tests.ports import free_ports
+from tests.running_server import PROJECT, RunningServer
 
 START_S = 120.0
 WITHOUT_LAUNCHER = ", mlx.launch stopped"

@@ -1,4 +1,4 @@
-"""Which values exclude each other, each fine by itself.
+"""Which values exclude each other, each fine by itself, and which go together though few would want that.
 
 Plain rules over finished settings. `config.load` asks on the api's side, before anything starts; the ranks take what
 was checked there (they lack the api's own keys, so they could not check). What depends on the model the ring checks.
@@ -7,6 +7,7 @@ was checked there (they lack the api's own keys, so they could not check). What 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from ipaddress import ip_address
 from typing import NamedTuple
 
 from config.settings import Settings
@@ -30,6 +31,22 @@ def conflicts(settings: Settings) -> Iterator[Conflict]:
     if settings.poll_interval >= settings.step_timeout:
         mend = "the supervisor must look more often than a step may last: lower POLL_INTERVAL"
         yield Conflict(("poll_interval", "step_timeout"), mend)
+
+
+def warnings(settings: Settings) -> Iterator[str]:
+    """What works and is rarely meant, for the terminal and the log."""
+    if not settings.api_keys and not _is_loopback(settings.api_host):
+        yield (
+            f"API_HOST={settings.api_host} lets other machines in and API_KEYS is empty: everyone who reaches this "
+            "machine may use the server; set API_KEYS"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _ranks_field(settings: Settings) -> str:

@@ -8,6 +8,7 @@ call it.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pydantic_settings import InitSettingsSource
 from config.combinations import Conflict, conflicts
 from config.errors import ConfigError
 from config.registry import check_near_miss, entry_layers
-from config.settings import Settings
+from config.settings import KEYS, Settings
 from config.sources import ENVIRONMENT, Layer, read_config_file, read_dotenv, read_environment, shown
 from config.values import Expects
 
@@ -33,9 +34,7 @@ def load_config(root: Path | None = None, environ: Mapping[str, str] | None = No
     """
     root = (root or Path(__file__).parent.parent).resolve()
     environ = os.environ if environ is None else environ
-    environment, misses = read_environment(environ)
-    dotenv, foreign = read_dotenv(root / ".env")
-    layers = [environment, dotenv, *_file_layers(root, environment, dotenv)]
+    layers, misses, foreign = _read_layers(root, environ)
     problems = [problem for layer in layers for problem in layer.problems]
     problems += _unanswered(misses, environ, layers)
     passthrough = {name: environ.get(name, value) for name, value in foreign.items()}
@@ -54,6 +53,24 @@ def load_config(root: Path | None = None, environ: Mapping[str, str] | None = No
     return settings
 
 
+def with_origins(message: str, root: Path, environ: Mapping[str, str] | None = None) -> str:
+    """`message`, and in a line after it where the keys that it names were set, as far as it does not say so itself.
+
+    For what is found only once the model, the machines or the ports are known: the settings do not say where they are
+    from.
+    """
+    try:
+        layers, _, _ = _read_layers(root.resolve(), os.environ if environ is None else environ)
+    except ConfigError:
+        return message
+    named = [word for word in dict.fromkeys(re.findall(r"[A-Z_]+", message)) if word in KEYS]
+    origins = {
+        key: next((layer.origins[KEYS[key]] for layer in layers if KEYS[key] in layer.values), "") for key in named
+    }
+    told = [f"{key} in {origin}" for key, origin in origins.items() if origin and f"({origin})" not in message]
+    return f"{message}\n(set: {', '.join(told)})" if told else message
+
+
 def export_passthrough(settings: Settings, environ: MutableMapping[str, str] = os.environ) -> None:
     """Puts the names of others that .env sets (HF_TOKEN, proxies) into the environment of this process.
 
@@ -67,6 +84,13 @@ def _merged(*layers: Layer) -> Settings:
     """The settings, each from the first layer that has it; pydantic-settings merges. Raises ValidationError."""
     sources = tuple(InitSettingsSource(Settings, layer.values) for layer in layers)
     return Settings(_build_sources=(sources, {}))  # pyright: ignore[reportCallIssue]  # BaseModel's typing hides it
+
+
+def _read_layers(root: Path, environ: Mapping[str, str]) -> tuple[list[Layer], dict[str, str], dict[str, str]]:
+    """All sources, the winning one first; near misses of the environment; names of others in .env. ConfigError."""
+    environment, misses = read_environment(environ)
+    dotenv, foreign = read_dotenv(root / ".env")
+    return [environment, dotenv, *_file_layers(root, environment, dotenv)], misses, foreign
 
 
 def _file_layers(root: Path, *explicit: Layer) -> list[Layer]:

@@ -131,6 +131,8 @@ class _Nowhere:
 @contextlib.contextmanager
 def _translated(repo_id: str) -> Iterator[None]:
     """The Hub's errors as ours, each with what to do."""
+    is_bare = "/" not in repo_id  # few repositories are called so
+    short = " If it is meant as a short name: no CONFIG_FILE that is set lists it." if is_bare else ""
     try:
         yield
     except errors.GatedRepoError as error:
@@ -141,7 +143,7 @@ def _translated(repo_id: str) -> Iterator[None]:
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise ModelError(
             f"MODEL_REPO={repo_id} is neither a folder here nor a repository on {constants.ENDPOINT} (a private one "
-            "needs HF_TOKEN): check the name."
+            f"needs HF_TOKEN): check the name.{short}"
         ) from error
     except (errors.RemoteEntryNotFoundError, errors.NotASafetensorsRepoError) as error:
         raise ModelError(
@@ -153,7 +155,7 @@ def _translated(repo_id: str) -> Iterator[None]:
     except (errors.LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise ModelUnavailable(
             f"{repo_id} could not be fetched from {constants.ENDPOINT}, and {constants.HF_HUB_CACHE} does not hold "
-            f"what is needed ({_first_line(error)}): check the network, or set MODEL_REPO to a folder."
+            f"what is needed ({_first_line(error)}): check the network, or set MODEL_REPO to a folder.{short}"
         ) from error
 
 

@@ -33,9 +33,12 @@ def total_memory_bytes() -> int:
     return int(recommended or total * MACOS_SHARE)
 
 
-def available_memory_bytes() -> int:
-    """Memory of this machine that a new process may take now without swapping, within `total_memory_bytes`."""
-    return min(psutil.virtual_memory().available, total_memory_bytes())
+def available_memory_bytes(freed_bytes: int = 0) -> int:
+    """Memory of this machine that a new process may take without swapping, within `total_memory_bytes`.
+
+    `freed_bytes`: what others hold now and will have given back by then.
+    """
+    return min(psutil.virtual_memory().available + freed_bytes, total_memory_bytes())
 
 
 def rank_memory_limit_bytes(rank: int, local_ranks: int, rank_memory_limit_mb: Sequence[int] = ()) -> int:

@@ -116,7 +116,11 @@ def prepare_model(repo: str, root: Path, *, progress: Progress = lambda message:
             inspect_model(folder)
             return folder
     if repo.startswith((os.sep, "~", ".")):
-        raise ModelError(f"MODEL_REPO={repo}: there is no such folder here, nor {brought}.")
+        is_file = "it is a file, not a folder" if given.exists() else "there is no such folder"
+        raise ModelError(
+            f"MODEL_REPO={repo}: {is_file}. Give a folder with config.json and safetensors weights, a Hugging Face "
+            "repository, or builtin; on a worker ./launch.sh workers brings the folder."
+        )
     folder = hub.fetch_metadata(repo, progress)
     model_config.load_config(folder)
     return folder

@@ -19,7 +19,7 @@ import psutil
 from api.cli.health import fetch_health
 from config import load_config
 from distributed.launch import instance_id
-from tests.running_server import free_ports
+from tests.ports import free_ports
 
 PROJECT = Path(__file__).resolve().parent.parent
 PARTS = ("api", "config", "distributed", "server", "launch.sh", "requirements.lock", "requirements-dev.lock")

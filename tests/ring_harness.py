@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import random
 import shutil
 import socket
 import struct
@@ -39,24 +38,11 @@ from server.protocol import (
     ToEngine,
     encode,
 )
+from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = SamplingParams(temperature=0.0)
 _decoder = msgspec.msgpack.Decoder(FromEngine)
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` consecutive ports that nobody listens on, below the range that clients are given."""
-    starts = range(21000, 31000, 16)
-    for first in random.sample(starts, len(starts)):  # another test session may be looking too
-        with contextlib.ExitStack() as held:
-            try:
-                for port in range(first, first + count):
-                    held.enter_context(socket.create_server(("127.0.0.1", port)))
-            except OSError:
-                continue
-            return first
-    raise RuntimeError("no free ports")
 
 
 class RingUnderTest:

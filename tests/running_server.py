@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ from typing import Any, ClassVar
 
 import httpx
 from openai import AsyncOpenAI, OpenAI
+
+from tests.ports import free_ports
 
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("api", "config", "distributed", "server")
@@ -143,25 +144,3 @@ class RunningServer:
         """server.log and what the process printed."""
         files = [self.root / "server.log", self.root / "output.txt"]
         return "\n".join(file.read_text(errors="replace") for file in files if file.exists())
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` consecutive ports that nothing uses at the moment."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            first = probe.getsockname()[1]
-        if first + count <= 32768 or first >= 32768:
-            if first + count > 65535:
-                continue
-            if all(_is_free(port) for port in range(first, first + count)):
-                return first
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True

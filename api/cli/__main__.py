@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from api.cli import logs, plan, restart, start, status, stop, workers
-from config import ConfigError
+from config import ConfigError, with_origins
 from distributed.errors import DistributedError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
             return logs.follow(ROOT, parsed.n)
         return commands[parsed.command](ROOT)
     except (ConfigError, DistributedError) as error:
-        print(error, file=sys.stderr)
+        print(with_origins(str(error), ROOT), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

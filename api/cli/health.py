@@ -9,13 +9,17 @@ import http.client
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from config import Settings
+from distributed.errors import HostError
+from distributed.hosts import own_address_towards
 
 Health = dict[str, Any]
 
+_ELSEWHERE = "192.0.2.1"  # of a network for documentation (RFC 5737): the way there is the one to other machines
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -23,6 +27,17 @@ def base_url(settings: Settings) -> str:
     """Where a client on this machine reaches the server."""
     host = _ANYWHERE.get(settings.api_host, settings.api_host)
     return f"http://[{host}]:{settings.api_port}" if ":" in host else f"http://{host}:{settings.api_port}"
+
+
+def url_for_others(settings: Settings) -> list[str]:
+    """Where other machines reach a server that listens on all addresses, as far as this machine has one for them."""
+    if settings.api_host not in _ANYWHERE:
+        return []
+    try:
+        address = own_address_towards(_ELSEWHERE)
+    except HostError:
+        return []
+    return [base_url(settings.model_copy(update={"api_host": address}))]
 
 
 def fetch_health(settings: Settings, timeout_s: float = 5.0) -> Health | None:
@@ -47,6 +62,11 @@ def _answer(opener: urllib.request.OpenerDirector, request: urllib.request.Reque
         return opener.open(request, timeout=timeout_s)
     except urllib.error.HTTPError as error:
         return error
+
+
+def not_applied(changed: Sequence[str]) -> str:
+    """`changed`: keys, as `reload.differences` names them."""
+    return f"what is set now differs from what runs in {', '.join(changed)}: ./launch.sh restart applies it"
 
 
 def absence_line(absence: dict[str, str]) -> str:

@@ -1,8 +1,8 @@
 """Which api process of this project's server runs, and on which machines its last ring did.
 
 A process is known by `--instance ID` on its command line, so a crash that leaves no file behind hides nothing. The
-ring's own processes are found by api.processes, on other machines by distributed.remnants. Called by start, stop and
-status.
+ring's own processes are found by api.processes, on other machines by distributed.remnants. Called by all commands that
+ask for the running server.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 
 from api.processes import own_processes
+from api.runtime_files import API_FILE, RING_FILE, read_json
+from config import Settings
 from distributed.launch import run_dir
 
 
@@ -25,6 +27,19 @@ def find_api(root: Path, instance: str) -> psutil.Process | None:
         if instance in command or ("--instance" not in command and _works_in(process, root)):
             return process
     return None
+
+
+def as_it_listens(root: Path, api: psutil.Process, settings: Settings) -> Settings:
+    """`settings` with the address that the running process was started with, as far as it has said that."""
+    about = read_json(run_dir(root) / API_FILE)
+    if about.get("pid") != api.pid:
+        return settings
+    return settings.model_copy(update={"api_host": about["host"], "api_port": about["port"]})
+
+
+def ports_of_ring(root: Path) -> set[int]:
+    """The ports on this machine that the running server's ring has, or had a moment ago."""
+    return set(read_json(run_dir(root) / RING_FILE).get("ports", []))
 
 
 def worker_targets_of_last_ring(root: Path) -> list[str]:

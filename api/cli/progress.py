@@ -8,8 +8,9 @@ import time
 
 
 class Progress:
-    def __init__(self) -> None:
-        self._last = ""
+    def __init__(self, said: str = "") -> None:
+        """`said`: what was printed last; it is not said again."""
+        self._last = said
         self._began = time.monotonic()
         self._terminal = sys.stdout.isatty()
 

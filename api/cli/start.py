@@ -17,20 +17,18 @@ from pathlib import Path
 
 import psutil
 
-from api.cli.health import Health, base_url, fetch_health, rank_lines
+from api import reload
+from api.cli.checks import check_start
+from api.cli.health import Health, base_url, fetch_health, not_applied, rank_lines, url_for_others
 from api.cli.logs import LOG_FILE
-from api.cli.processes import find_api
+from api.cli.processes import as_it_listens, find_api
 from api.cli.progress import Progress
 from api.cli.stop import end_everything
-from api.cli.workers import worker_model
-from api.ports import check_port
 from api.processes import ring_processes
-from config import ConfigError, Settings, load_config
-from config.load import export_passthrough
+from config import Settings, load_config, with_origins
+from config.combinations import warnings
 from distributed.blas import OPENBLAS
-from distributed.hosts import ring_hosts, worker_targets
 from distributed.launch import instance_id, run_dir
-from distributed.workers import check_workers
 
 POLL_S = 0.2
 TIMEOUT_SLACK_S = 60.0  # the api itself ends a start that makes no progress; this is for an api that hangs
@@ -43,6 +41,7 @@ class StartFailed(Exception):
 
 
 def start(root: Path) -> int:
+    """Exit code 0 only where the server is ready; a start that is at work already is waited for."""
     make_dotenv(root)
     settings = load_config(root)
     run_dir(root).mkdir(exist_ok=True)
@@ -50,8 +49,8 @@ def start(root: Path) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print("another ./launch.sh start is at work; ./launch.sh status shows how far it is")
-            return 0
+            print("another ./launch.sh start is at work: waiting for its end", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         return _start(root, settings)
 
 
@@ -67,52 +66,35 @@ def make_dotenv(root: Path) -> None:
 def _start(root: Path, settings: Settings) -> int:
     instance = instance_id(root)
     if api := find_api(root, instance):
-        health = fetch_health(settings) or {}
-        print(f"already running (pid {api.pid}, {health.get('status', 'no answer yet')}): {base_url(settings)}/v1")
-        return 0
+        return _runs_already(root, settings, api)
     if ring_processes(instance):
         print("ending what an earlier run left behind")
         end_everything(root, drain=False)
-    check_api_port(settings)
     note_openblas()
-    export_passthrough(settings)
-    hosts = ring_hosts(settings)
-    progress = Progress()
-    model = worker_model(settings, root, progress.show)
-    progress.end()
-    if worker_targets(hosts):
-        check_workers(settings, hosts, model, print)
+    check_start(root, settings, print)
     try:
         process = _spawn(root, instance)
         health = wait_until_ready(root, settings, process.poll)
     except (StartFailed, KeyboardInterrupt) as error:
-        progress.end()
         end_everything(root, drain=False)
-        print(f"the server did not start: {error or 'interrupted'}", file=sys.stderr)
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else with_origins(str(error), root)
+        print(f"the server did not start: {reason}", file=sys.stderr)
         print(f"all of it is in {root / LOG_FILE}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     print("\n".join(ready_lines(settings, health)))
     return 0
 
 
-def check_api_port(settings: Settings) -> None:
-    """Raises ConfigError where the port cannot be listened on; the api checks too, but later and less in the open."""
-    try:
-        check_port(settings.api_host, settings.api_port)
-    except OSError as error:
-        raise ConfigError(
-            f"API_HOST={settings.api_host}, API_PORT={settings.api_port}: cannot listen there"
-            f" ({error.strerror}{_who_listens(settings.api_port)}). Stop that program, or set another API_PORT in .env"
-        ) from error
-
-
-def _who_listens(port: int) -> str:
-    try:
-        connections = psutil.net_connections("tcp")
-        pid = next(c.pid for c in connections if c.laddr and c.laddr.port == port and c.status == psutil.CONN_LISTEN)
-        return f": process {pid}, {psutil.Process(pid).name()}" if pid else ""
-    except (psutil.Error, StopIteration):  # macOS shows other processes' ports to root alone
-        return ""
+def _runs_already(root: Path, settings: Settings, api: psutil.Process) -> int:
+    listening = as_it_listens(root, api, settings)
+    state = (fetch_health(listening) or {}).get("status", "no answer yet")
+    print(f"already running (pid {api.pid}, {state}): {base_url(listening)}/v1")
+    if changed := reload.differences(run_dir(root), api, settings):
+        print(not_applied(changed))
+    if state == "ready":
+        return 0
+    print("it is not ready; ./launch.sh status and ./launch.sh logs say more", file=sys.stderr)
+    return 1
 
 
 def note_openblas() -> None:
@@ -145,9 +127,18 @@ def _spawn(root: Path, instance: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def wait_until_ready(root: Path, settings: Settings, exit_code: Callable[[], int | None]) -> Health:
-    """`exit_code`: the api process's, None while it runs. Raises StartFailed with the reason."""
-    progress = Progress()
+def wait_until_ready(root: Path, settings: Settings, exit_code: Callable[[], int | None], said: str = "") -> Health:
+    """Raises StartFailed with the reason. `exit_code`: the api process's or None; `said`: was printed before."""
+    progress = Progress(said)
+    try:
+        return _wait_until_ready(root, settings, exit_code, progress)
+    finally:
+        progress.end()
+
+
+def _wait_until_ready(
+    root: Path, settings: Settings, exit_code: Callable[[], int | None], progress: Progress
+) -> Health:
     log_start = _size(root / LOG_FILE)
     patience_s = settings.start_timeout + TIMEOUT_SLACK_S
     shown, deadline = "", time.monotonic() + patience_s
@@ -155,20 +146,16 @@ def wait_until_ready(root: Path, settings: Settings, exit_code: Callable[[], int
         health = fetch_health(settings, timeout_s=2.0)
         status = health["status"] if health else "starting"
         if health and status == "ready":
-            progress.end()
             return health
         if (code := exit_code()) is not None:
-            progress.end()
             raise StartFailed(_last_words(root, log_start) or f"the api process ended with code {code}")
         if health and status in ("failed", "stopping"):
-            progress.end()
             raise StartFailed(health.get("detail") or status)
         detail = (health or {}).get("detail") or "starting the api process"
         if detail != shown:
             shown, deadline = detail, time.monotonic() + patience_s
         progress.show(detail)
         time.sleep(POLL_S)
-    progress.end()
     raise StartFailed(f"it made no progress for START_TIMEOUT={settings.start_timeout:g} s; last: {shown}")
 
 
@@ -194,16 +181,18 @@ def _size(path: Path) -> int:
 def ready_lines(settings: Settings, health: Health) -> list[str]:
     """What a new user needs: the URL, a line to paste, and what each rank holds."""
     url = base_url(settings)
-    key = ' \\\n  -H "Authorization: Bearer $API_KEY"' if settings.api_keys else ""
+    key = ' \\\n  -H "Authorization: Bearer $SERVER_KEY"' if settings.api_keys else ""
     body = f'{{"model": "{settings.model_name}", "messages": [{{"role": "user", "content": "What is a ring?"}}]}}'
     lines = [
         "",
         *rank_lines(health.get("ranks") or []),
         "",
         f"ready: {settings.model_name} at {url}/v1",
+        *(f"from other machines: {others}/v1" for others in url_for_others(settings)),
+        *(f"warning: {warning}" for warning in warnings(settings)),
         "",
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n  -d '{body}'",
     ]
     if key:
-        lines.append("\n(API_KEY: one of the keys in API_KEYS)")
+        lines.append("\n(SERVER_KEY: one of the keys in API_KEYS)")
     return lines

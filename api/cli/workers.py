@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from config.load import export_passthrough
 from distributed.bring import bring_to_worker
 from distributed.hosts import ring_hosts, worker_targets
 from distributed.launch import instance_id
-from distributed.model_files import inspect_model, models_dir, prepare_model
+from distributed.model_files import ModelInfo, inspect_model, models_dir, prepare_model
 from distributed.workers import WorkerModel, check_workers
 
 
@@ -30,7 +29,9 @@ def workers(root: Path) -> int:
         print("the server runs, and its ranks use what would be replaced: ./launch.sh stop first", file=sys.stderr)
         return 1
     progress = Progress()
-    model = worker_model(settings, root, progress.show)
+    model = worker_model(
+        settings, root, inspect_model(prepare_model(settings.model_repo, root, progress=progress.show))
+    )
     progress.end()
     with ThreadPoolExecutor(max_workers=len(targets)) as pool:
         list(pool.map(lambda target: bring_to_worker(settings, target, model, print), targets))
@@ -39,10 +40,9 @@ def workers(root: Path) -> int:
     return 0
 
 
-def worker_model(settings: Settings, root: Path, report: Callable[[str], None]) -> WorkerModel:
-    """Prepare the model here, and say how the workers come to have it. ModelError as in prepare_model."""
-    path = prepare_model(settings.model_repo, root, progress=report)
-    info = inspect_model(path)
+def worker_model(settings: Settings, root: Path, info: ModelInfo) -> WorkerModel:
+    """How the workers come to have the model that was prepared here."""
+    path = info.path
     given = Path(settings.model_repo).expanduser()
     is_folder = path.is_relative_to(models_dir(root)) or path in (given, root / given, given.absolute())
     size_bytes = sum(file.total_bytes for file in info.weight_files)

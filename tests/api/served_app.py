@@ -26,7 +26,7 @@ from api.tokenizer import ChatTokenizer
 from config import Settings
 from server.protocol import Started, StepOutput, Submit
 from tests.api.fake_engine import READY, FakeEngine, connected
-from tests.running_server import free_ports
+from tests.ports import free_ports
 from tests.tiny_chat_model import VOCAB_SIZE
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}

@@ -15,9 +15,10 @@ import psutil
 import pytest
 
 from api import reload
-from api.reload import ask, basis, confirm, may_ask, read_asked
-from api.runtime_files import API_FILE, RELOAD_FILE, write_json
+from api.reload import ask, basis, confirm, differences, digests, may_ask, read_asked
+from api.runtime_files import API_FILE, RELOAD_FILE, RING_FILE, write_json
 from config import Settings
+from config.settings import PROCESS_FIELDS, RING_FIELDS
 
 MODEL = Path("/models/m")
 
@@ -75,6 +76,20 @@ def test_keys_are_told_apart_and_not_shown(tmp_path: Path):
     write_json(tmp_path / API_FILE, {"basis": basis(one, {})})
     assert "secret" not in (tmp_path / API_FILE).read_text()
     assert (tmp_path / API_FILE).stat().st_mode & 0o077 == 0
+
+
+def test_the_keys_that_differ_from_what_runs_are_named(tmp_path: Path):
+    held = settings(api_keys="a:secret")
+    me = psutil.Process()
+    assert differences(tmp_path, me, settings(ring_size=3)) == [], "it has not said what it has"
+    write_json(tmp_path / API_FILE, {"pid": me.pid, "keys": digests(held, PROCESS_FIELDS)})
+    write_json(tmp_path / RING_FILE, {"keys": digests(held, RING_FIELDS)})
+    assert "secret" not in (tmp_path / API_FILE).read_text()
+    assert differences(tmp_path, me, held) == []
+    now = settings(api_keys="a:other", ring_size=3, log_level="DEBUG")
+    assert differences(tmp_path, me, now) == ["API_KEYS", "LOG_LEVEL", "RING_SIZE"]
+    write_json(tmp_path / API_FILE, {"pid": me.pid + 1, "keys": digests(held, PROCESS_FIELDS)})
+    assert differences(tmp_path, me, now) == [], "another process wrote that"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from api.runtime_files import API_FILE, AlreadyRunning, lock_port, only_server_of, write_json
-from tests.running_server import free_ports
+from tests.ports import free_ports
 
 
 def test_one_server_a_folder_and_its_files_go_with_it(tmp_path: Path):

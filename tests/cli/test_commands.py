@@ -73,8 +73,10 @@ def test_the_curl_line_that_start_prints_works(served: tuple[LaunchedProject, st
 def test_a_second_start_says_it_runs_already(served: tuple[LaunchedProject, str]):
     project, _ = served
     before = {process.pid for process in project.processes()}
-    again = project.launch("start")
+    again = project.launch("start", keys={"RING_SIZE": "3", "LOG_LEVEL": "debug"})
     assert again.returncode == 0 and "already running" in again.stdout
+    assert "differs from what runs in LOG_LEVEL, RING_SIZE: ./launch.sh restart" in again.stdout
+    assert "differs" not in project.launch("start").stdout
     assert {process.pid for process in project.processes()} == before
 
 
@@ -84,12 +86,25 @@ def test_status_shows_ranks_layers_memory_and_requests(served: tuple[LaunchedPro
     assert shown.returncode == 0
     for wanted in ("ready", "tiny", "uptime", "0 running, 0 waiting", "64 MiB", "[0, "):
         assert wanted in shown.stdout
+    assert "differs" not in shown.stdout
+
+
+def test_status_tells_of_what_runs_whatever_is_set_by_now(served: tuple[LaunchedProject, str]):
+    project, _ = served
+    elsewhere = project.launch("status", keys={"API_PORT": "1"})
+    assert elsewhere.returncode == 0 and elsewhere.stdout.startswith("ready"), elsewhere.stdout
+    assert f"127.0.0.1:{project.keys['API_PORT']}/v1" in elsewhere.stdout and "API_PORT" in elsewhere.stdout
+    wrong = project.launch("status", keys={"RING_SIZE": "two"})
+    assert wrong.returncode == 0 and wrong.stdout.startswith("ready"), wrong.stdout
+    assert "0 running" in wrong.stdout and "\nRING_SIZE=two (the environment)" in wrong.stdout
 
 
 def test_plan_knows_the_times_that_the_first_start_measured(served: tuple[LaunchedProject, str]):
     project, _ = served
     planned = project.launch("plan")
     assert planned.returncode == 0 and "by measured times" in planned.stdout, planned.stdout
+    other = project.launch("plan", keys={"RING_SIZE": "1"})
+    assert other.returncode == 0 and "the server that runs has layers [0, " in other.stdout, other.stdout
 
 
 def test_the_script_works_through_a_link(served: tuple[LaunchedProject, str], tmp_path: Path):
@@ -123,12 +138,32 @@ def test_logs_follow_the_file_across_rotation(served: tuple[LaunchedProject, str
             (project.root / "server.log.1").replace(log)
 
 
-def test_a_mistake_in_dotenv_does_not_end_the_running_server_on_restart(served: tuple[LaunchedProject, str]):
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"API_PORT": "many"}, "API_PORT=many (the environment)"),
+        ({"MODEL_REPO": "/no/such/model"}, "MODEL_REPO=/no/such/model: there is no such folder"),
+        ({"LAYER_SPLIT": "20,20"}, "LAYER_SPLIT=20,20 adds up to 40"),
+        ({"RANK_MEMORY_LIMIT_MB": "1"}, "RANK_MEMORY_LIMIT_MB in the environment"),
+        ({"API_PORT": "taken"}, "API_PORT=taken: cannot listen there"),
+        ({"RING_PORT": "taken"}, "ring port taken on 127.0.0.1 cannot be used"),
+    ],
+    ids=lambda value: "=".join(*value.items()) if isinstance(value, dict) else "",
+)
+def test_a_restart_that_cannot_work_leaves_the_running_server_alone(
+    served: tuple[LaunchedProject, str], keys: dict[str, str], message: str
+):
     project, _ = served
     before = {process.pid for process in project.processes()}
-    again = project.launch("restart", keys={"API_PORT": "many"})
-    assert again.returncode == 1 and "API_PORT" in again.stdout
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = str(other.getsockname()[1])
+        again = project.launch("restart", keys={key: value.replace("taken", taken) for key, value in keys.items()})
+    assert again.returncode == 1 and message.replace("taken", taken) in again.stdout, again.stdout
+    assert "nothing was stopped: the server" in again.stdout
+    if "taken" in keys.values():
+        assert f"process {os.getpid()}" in again.stdout, "who has the port"
     assert {process.pid for process in project.processes()} == before
+    assert project.health()["status"] == "ready"
 
 
 def test_the_server_outlives_the_terminal_it_was_started_from(served: tuple[LaunchedProject, str]):
@@ -184,7 +219,8 @@ def test_a_stream_goes_on_over_a_restart_that_changes_the_ring_alone(
     project.write_dotenv(RING_SIZE=1, LOG_LEVEL="info")  # the same level
     began = len(log.read_text())
     again = project.launch("restart")
-    assert again.returncode == 0 and "a new ring takes over" in again.stdout and "ready: tiny" in again.stdout
+    assert again.returncode == 0 and again.stdout.count("a new ring takes over") == 1, again.stdout
+    assert "ready: tiny" in again.stdout
     assert stream.read() == undisturbed
     while stream.id not in (said := log.read_text()[began:]):
         time.sleep(0.02)  # the client hears of the end a moment before the log does
@@ -195,13 +231,14 @@ def test_a_stream_goes_on_over_a_restart_that_changes_the_ring_alone(
 def test_settings_that_give_no_ring_make_way_for_those_that_served(served: tuple[LaunchedProject, str]):
     project, _ = served
     api, num_ranks = api_pid(project), len(project.ranks())
-    project.write_dotenv(LAYER_SPLIT=",".join("1" * num_ranks))
+    project.write_dotenv(MAX_SEQUENCE_LENGTH=10**9)  # which only the ring can judge
     try:
         again = project.launch("restart")
     finally:
-        project.write_dotenv(LAYER_SPLIT="auto")
+        project.write_dotenv(MAX_SEQUENCE_LENGTH="")
     assert again.returncode == 1, again.stdout
-    assert "those from before serve: " in again.stdout and "LAYER_SPLIT" in again.stdout
+    assert again.stdout.count("MAX_SEQUENCE_LENGTH=") == 1, again.stdout
+    assert "those from before serve: " in again.stdout and "(set: MAX_SEQUENCE_LENGTH in .env line " in again.stdout
     assert "those from before serve: " in project.launch("status").stdout
     assert (len(project.ranks()), api_pid(project)) == (num_ranks, api)
     assert Stream(project).read(5)
@@ -233,6 +270,9 @@ def test_plan_shows_what_would_run_where_and_starts_nothing(project: LaunchedPro
     assert "times the mean (by the bytes each rank reads in a step: nothing is measured yet)" in planned.stdout
     too_much = project.launch("plan", keys={"KV_CACHE_RESERVED_MEMORY_MB": "100000000"})
     assert too_much.returncode == 1 and "DOES NOT FIT" in too_much.stdout and "KV_CACHE_RESERVED" in too_much.stdout
+    with socket.create_server(("127.0.0.1", int(str(project.keys["API_PORT"])))):
+        alone = project.launch("plan", keys={"RING_SIZE": "1"})
+    assert ", 1 rank\n" in alone.stdout and f"process {os.getpid()}" in alone.stdout and alone.returncode == 1
     assert project.processes() == []
 
 
@@ -278,7 +318,8 @@ def test_a_ring_port_in_use_is_named(project: LaunchedProject):
     port = int(str(project.keys["RING_PORT"])) + 1
     with socket.create_server(("127.0.0.1", port)):
         started = project.launch("start")
-    assert started.returncode == 1 and str(port) in started.stdout and "RING_PORT" in started.stdout, started.stdout
+    assert started.returncode == 1 and "RING_PORT in .env line 2" in started.stdout, started.stdout
+    assert started.stdout.count(f"ring port {port}") == 1 and f"process {os.getpid()}" in started.stdout
     assert project.processes() == []
 
 
@@ -344,17 +385,21 @@ def test_an_interrupted_start_leaves_nothing(project: LaunchedProject):
             assert time.monotonic() < deadline and starting.poll() is None
             time.sleep(0.05)
         starting.send_signal(signal.SIGINT)
-        assert starting.wait(60) == 130
+        said, _ = starting.communicate(timeout=60)
+        assert starting.returncode == 130 and b"the server did not start: interrupted\n" in said
     assert project.processes() == []
 
 
 def test_two_starts_at_once_make_one_server(project: LaunchedProject):
     argv = [str(project.root / "launch.sh"), "start"]
     starts = [
-        subprocess.Popen(argv, env=clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.Popen(argv, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for _ in range(2)
     ]
-    assert [start.wait(120) for start in starts] == [0, 0]
+    said = sorted(start.communicate(timeout=120)[0] for start in starts)
+    assert [start.returncode for start in starts] == [0, 0], said
+    assert sum("ready: tiny at" in text for text in said) == 1
+    assert sum("already running (pid" in text and ", ready): http" in text for text in said) == 1, said
     assert len([p for p in project.processes() if p.info["cmdline"][1:3] == ["-m", "api"]]) == 1
     assert project.health()["status"] == "ready"
     assert project.launch("stop").returncode == 0

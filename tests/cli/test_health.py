@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from api.cli.health import absence_line, base_url, fetch_health, format_bytes, rank_lines
+from api.cli.progress import Progress
 from api.cli.start import StartFailed, ready_lines, wait_until_ready
+from api.cli.status import status_lines
 from config import Settings, load_config
 
 RANK = {
@@ -60,7 +62,39 @@ def test_the_curl_line_asks_for_a_key_only_where_one_is_needed_and_shows_none(tm
     health: dict[str, Any] = {"ranks": [RANK]}
     assert "Authorization" not in "\n".join(ready_lines(Settings(), health))
     lines = "\n".join(ready_lines(load_config(tmp_path, {"API_KEYS": "me:sk-secret"}), health))
-    assert "Bearer $API_KEY" in lines and "sk-secret" not in lines
+    assert "Bearer $SERVER_KEY" in lines and "sk-secret" not in lines
+
+
+@pytest.mark.parametrize(("host", "is_open"), [("0.0.0.0", True), ("::", True), ("127.0.0.1", False)])
+def test_a_server_that_lets_other_machines_in_is_said_to_and_where_they_find_it(
+    host: str, is_open: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("api.cli.health.own_address_towards", lambda _: "10.1.2.3")  # a test machine may have none
+    lines = ready_lines(Settings(api_host=host), {})
+    assert any("http://10.1.2.3:8100/v1" in line for line in lines) == is_open
+    assert any("warning: " in line and "API_KEYS" in line for line in lines) == is_open
+    with_key = ready_lines(load_config(tmp_path, {"API_KEYS": "me:sk-secret", "API_HOST": host}), {})
+    assert not any("warning: " in line for line in with_key)
+
+
+def test_the_variable_of_the_curl_line_is_no_near_miss_of_a_key(tmp_path: Path):
+    lines = "\n".join(ready_lines(load_config(tmp_path, {"API_KEYS": "me:sk-secret"}), {}))
+    name = lines.split("Bearer $")[1].split('"')[0]
+    assert load_config(tmp_path, {name: "sk-secret"}).api_keys == ()
+
+
+def test_status_tells_what_the_cache_could_hold_and_claims_nothing_that_it_was_not_told():
+    health: dict[str, Any] = {"status": "ready", "model": "m", "uptime_s": 3}
+    assert "requests" not in "\n".join(status_lines(health, "http://here", 7))
+    full = health | {"requests": {"running": 1, "waiting": 2}, "max_sequence_length": 100, "kv_cache_tokens": 45056}
+    assert "  limits    100 tokens a request; the KV cache has room for 45,056 tokens" in status_lines(full, "x", 7)
+
+
+def test_what_was_said_is_not_said_again(capsys: pytest.CaptureFixture[str]):
+    progress = Progress("a new ring takes over")
+    for text in ("a new ring takes over", "loading", "loading"):
+        progress.show(text)
+    assert capsys.readouterr().out == "loading\n"
 
 
 def test_status_says_since_when_a_machine_is_away():

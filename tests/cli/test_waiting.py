@@ -1,4 +1,4 @@
-"""start and stop against an api process that is played: what they wait for, and how they ask it to end."""
+"""start, stop and restart against an api process that is played: what they wait for, how they ask, what they say."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
-from api.cli import start, stop
+from api.cli import restart, start, stop
 from config import Settings
 
 
@@ -73,3 +73,15 @@ def test_an_api_that_may_drain_is_asked_once(monkeypatch: pytest.MonkeyPatch, ca
         assert api.stdout and api.stdout.readline() == b"ready\n"
         stop._end_api(psutil.Process(api.pid), 0.1)
     assert "killing it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_back", [True, False])
+def test_a_restart_that_stopped_the_server_for_nothing_says_that_none_runs(
+    is_back: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(restart, "find_api", lambda *_: psutil.Process())
+    for name in ("check_start", "end_everything"):
+        monkeypatch.setattr(restart, name, lambda *_, **__: 0)
+    monkeypatch.setattr(restart, "start", lambda _: 0 if is_back else 1)
+    assert restart.restart(tmp_path) == (0 if is_back else 1)
+    assert ("none runs now: ./launch.sh start" in capsys.readouterr().err) == (not is_back)

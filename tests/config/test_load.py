@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from config import ConfigError, Settings, export_passthrough, load_config
+from config import ConfigError, Settings, export_passthrough, load_config, with_origins
 from config.settings import KEYS
 from tests.config.conftest import Load, Refuse
 
@@ -247,3 +247,16 @@ def test_the_docs_name_every_key_with_its_default(load: Load) -> None:
     assert sorted(cells) == sorted(KEYS)
     stated = {key: cell.strip("`") for key, cell in cells.items() if cell.startswith("`")}
     assert load("\n".join(f"{key}={value}" for key, value in stated.items())) == load()
+
+
+def test_a_later_message_gets_the_places_where_its_keys_were_set(load: Load, tmp_path: Path) -> None:
+    load("RING_SIZE=4\n\nRANK_MEMORY_LIMIT_MB=10", file={"models": MODELS})
+    environ = {"API_PORT": "4", "MODEL_REPO": "small"}
+    message = "Rank 0 has 10 MiB: lower KV_CACHE_RESERVED_MEMORY_MB or raise RANK_MEMORY_LIMIT_MB"
+    assert with_origins(message, tmp_path, environ) == f"{message}\n(set: RANK_MEMORY_LIMIT_MB in .env line 3)"
+    assert "(set: API_PORT in the environment, RING_SIZE in" in with_origins("API_PORT=4, RING_SIZE", tmp_path, environ)
+    assert 'MODEL_REPO in my.json, "models", "small"' in with_origins("MODEL_REPO=x/y: no", tmp_path, environ)
+    for enough in ("RING_SIZE=4 (.env line 1): must be", "RING_SIZES", "nothing of ours"):
+        assert with_origins(enough, tmp_path, environ) == enough
+    (tmp_path / ".env").write_bytes("RING_SIZE=1".encode("utf-16"))
+    assert with_origins(message, tmp_path, environ) == message

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from config import Settings
+from config.combinations import warnings
 from config.settings import API_ONLY, KEYS, PROCESS_FIELDS, RING_FIELDS
 from tests.config.conftest import Load, Refuse
 from tests.running_server import PROJECT
@@ -212,3 +213,14 @@ def test_what_travels_to_the_ranks_is_json_without_the_apis_own(load: Load) -> N
     left_out = API_ONLY | {"project_root", "passthrough_env"}
     assert there.model_dump(exclude=set(left_out)) == settings.model_dump(exclude=set(left_out))
     assert not any(field in json.loads(text) for field in left_out)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"])
+def test_who_listens_to_this_machine_alone_is_not_warned(host: str) -> None:
+    assert list(warnings(Settings(api_host=host))) == []
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.5", "mac1.local"])
+def test_who_lets_other_machines_in_without_keys_is_warned(host: str, load: Load) -> None:
+    assert [f"API_HOST={host}" in text and "API_KEYS" in text for text in warnings(Settings(api_host=host))] == [True]
+    assert list(warnings(load(f"API_HOST={host}\nAPI_KEYS=a:b"))) == []

@@ -91,6 +91,13 @@ def test_a_repository_that_does_not_exist_is_named(folder, tmp_path):
     with HubServer(folder, REPO) as hub:
         used = use_stage(tmp_path, hub.url, 0, 4, repo="tiny/lama")
     assert "MODEL_REPO=tiny/lama is neither a folder here nor a repository" in used["error"]
+    assert "CONFIG_FILE" not in used["error"]
+
+
+def test_what_may_be_a_short_name_is_told_where_those_are_listed(folder, tmp_path):
+    with HubServer(folder, REPO) as hub:
+        used = use_stage(tmp_path, hub.url, 0, 4, repo="qwen3-4b")
+    assert used["error"].endswith("If it is meant as a short name: no CONFIG_FILE that is set lists it.")
 
 
 def test_a_repository_of_pickles_is_refused(folder, tmp_path):

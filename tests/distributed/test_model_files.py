@@ -137,6 +137,9 @@ def test_a_folder_is_found_absolute_relative_to_the_project_or_brought_to_its_mo
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ModelError, match=r"MODEL_REPO=/no/such/model: there is no such folder"):
         prepare_model("/no/such/model", tmp_path)
+    (tmp_path / "a.py").touch()
+    with pytest.raises(ModelError, match="it is a file, not a folder"):
+        prepare_model(str(tmp_path / "a.py"), tmp_path)
 
 
 def test_a_folder_of_links_as_in_the_hubs_cache_works(folder, tmp_path):
