@@ -13,8 +13,9 @@ import psutil
 
 from tests.running_server import RunningServer
 
-LOOK_S = 0.5
-QUIET_S = 30.0  # after the last client, until nothing may run any more: the ring reports once a second
+LOOK_S = 1.0  # the ring reports once a second
+NUM_LOOKS = 3  # that see the same, until it is taken for what is held: a rank lets go of its last step a moment later
+QUIET_S = 30.0  # after the last client, until nothing may run any more
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,13 @@ class Idle:
 def idle(server: RunningServer) -> Idle:
     """When nothing runs any more; what is held even QUIET_S later is in it."""
     deadline = time.monotonic() + QUIET_S
-    while not (held := _look(server)).is_quiet and time.monotonic() < deadline:
+    looks = [_look(server)]
+    while time.monotonic() < deadline:
+        if looks[-1].is_quiet and looks[-NUM_LOOKS:] == [looks[-1]] * NUM_LOOKS:
+            break
         time.sleep(LOOK_S)
-    return held
+        looks.append(_look(server))
+    return looks[-1]
 
 
 def _look(server: RunningServer) -> Idle:
