@@ -14,9 +14,9 @@ _APART = 16  # at most so many consecutive ones are asked for
 # Below the range that systems take clients' ports from: one of those may have any port by the time a server wants it.
 _STARTS = range(12000, 32000, _APART)
 _MAX_WORKERS = 8
-_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _MAX_WORKERS
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # "gw2", where several processes share a session
 
-_mine = _STARTS[_WORKER::_MAX_WORKERS]
+_mine = _STARTS if _WORKER is None else _STARTS[int(_WORKER.removeprefix("gw")) % _MAX_WORKERS :: _MAX_WORKERS]
 # One after the other, since who is given some listens on them later; at random, since another session may run.
 _next = cycle(random.SystemRandom().sample(_mine, len(_mine)))
 
