@@ -34,7 +34,11 @@ def running_server(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFacto
         name = tuple(sorted(environ.items()))
         if name not in servers:
             server = RunningServer(tmp_path_factory.mktemp("server") / "a project", environ)
-            server.start()
+            try:
+                server.start()
+            except AssertionError:
+                server.stop()
+                raise
             servers[name] = server
         return servers[name]
 
