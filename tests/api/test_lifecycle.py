@@ -27,7 +27,6 @@ from tests.tiny_chat_model import write_tiny_chat_model
 pytestmark = pytest.mark.ring
 
 HELLO: Any = [{"role": "user", "content": "hello world"}]
-END_S = 10.0
 NewServer = Callable[..., RunningServer]
 
 
@@ -78,9 +77,9 @@ def rank_pids(server: RunningServer) -> list[int]:
     return [rank["pid"] for rank in server.health()["ranks"]]
 
 
-def still_running(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that do not end; one that nobody has waited for yet has. `bench.faults` measures how long it takes."""
-    deadline = time.monotonic() + END_S
+def still_running(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Those that have not ended by then. One that nobody has waited for yet has ended."""
+    deadline = time.monotonic() + timeout_s
     while running := [process for process in processes if runs(process)]:
         if time.monotonic() > deadline:
             break
@@ -113,7 +112,7 @@ def test_ranks_end_with_the_api_and_one_that_is_stopped_with_the_next_start(new_
     stopped = ranks.pop(rank)
     stopped.suspend()
     server.kill()
-    assert still_running(ranks) == []
+    assert still_running(ranks, 2) == []
     server.start()
     assert not stopped.is_running()
     assert text_of(stream_of(server, max_tokens=5)) is not None
@@ -136,7 +135,7 @@ def test_rings_that_are_lost_leave_no_process_no_file_and_no_descriptor(new_serv
             text = "".join(next(stream).choices[0].delta.content or "" for _ in range(20))
             launcher = json.loads((server.root / ".run" / "ring.json").read_text())["launcher_pid"]
             os.kill({"rank 0": pids[0], "rank 1": pids[1], "launcher": launcher}[victim], signal.SIGKILL)
-            assert still_running(ring) == [], f"after the end of {victim}"
+            assert still_running(ring, 2) == [], f"2 s after the end of {victim}"
             assert text + text_of(stream) == undisturbed
             assert not set(rank_pids(server)) & set(pids)
         deadline = time.monotonic() + 10
@@ -194,8 +193,8 @@ def test_ctrl_c_in_the_server_s_terminal_lets_requests_end_and_no_idle_client_ho
         os.killpg(server.process.pid, signal.SIGINT)
         assert [line for line in lines if line][-1] == "data: [DONE]"
         ended = time.monotonic()
-        assert server.process.wait(50) == 0
-    assert time.monotonic() - ended < 40, "far from SHUTDOWN_GRACE_S"
+        assert server.process.wait(30) == 0
+    assert time.monotonic() - ended < 15
     RunningServer.started.remove(server)
     assert "the ring is lost" not in server.log()
 
@@ -204,7 +203,9 @@ def test_a_server_can_be_stopped_while_it_starts(new_server: NewServer):
     server = new_server(API_HOST="0.0.0.0")
     server.start(wait=False)
     server.wait_until(lambda health: health.get("status") == "starting", "starting")
+    began = time.monotonic()
     assert server.stop() == 0
+    assert time.monotonic() - began < 20
     assert "WARNING api: API_HOST=0.0.0.0 lets other machines in and API_KEYS is empty" in server.log()
 
 

@@ -46,7 +46,7 @@ def test_a_killed_rank_takes_the_ring_with_it_and_is_named(tiny_chat_model: Path
 
 
 @pytest.mark.parametrize(("victim", "is_busy"), [(0, False), (1, True), (2, False)])
-def test_a_stopped_rank_is_missed_by_both_neighbours_after_five_seconds(
+def test_a_stopped_rank_is_missed_by_both_neighbours_within_six_seconds(
     tiny_chat_model: Path, victim: int, is_busy: bool
 ):
     with running_ring(tiny_chat_model, 3) as ring:
@@ -59,10 +59,10 @@ def test_a_stopped_rank_is_missed_by_both_neighbours_after_five_seconds(
         stopped_at = time.monotonic()
         for info in ready.ranks:
             if info.rank != victim:
-                ranks[info.pid].wait(timeout=20)
+                ranks[info.pid].wait(timeout=15)
         noticed_s = time.monotonic() - stopped_at
         ring.wait_log(f"rank {victim} has been silent for 5 s")
-        assert noticed_s > 3.5, "5 s after its last heartbeat"
+        assert 3.5 < noticed_s < 9, "5 s after its last heartbeat, which a busy machine delays"
         if victim != 0:
             assert f"rank {victim} has been silent for 5 s" in last_words(ring.wait_end())
         os.kill(ready.ranks[victim].pid, signal.SIGKILL)  # mlx.launch waits for it
