@@ -40,7 +40,7 @@ SETTINGS = {
 PARTS = 5
 WARM, LAST = 1, 4  # of the parts, those that are compared
 MOST_RESIDENT = 1.01  # of what it was after the warm-up
-BYTES_A_PREFIX = 8192  # of MLX's memory that an entry of the prefix cache may take beside its rows; a slot is 131,072
+BYTES_A_PREFIX = 1024  # of MLX's memory that an entry of the prefix cache takes beside its rows
 SAMPLE_S = 0.5
 MIB = 2**20
 

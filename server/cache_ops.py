@@ -140,7 +140,7 @@ def keep_rows(cache: Cache, rows: list[int]) -> Cache:
     return cache
 
 
-def copied(cache: Cache, *, rewind: int = 0) -> Cache:
+def copied(cache: Cache, *, rewind: int = 0, of_group: bool = False) -> Cache:
     """A copy of one sequence's cache as it was `rewind` tokens ago, evaluated, of no more than a window's tokens.
 
     It shares the arrays' memory where it needs as much of it; MLX copies what is shared when one of the two is written
@@ -150,7 +150,7 @@ def copied(cache: Cache, *, rewind: int = 0) -> Cache:
         DisagreementError: this kind of cache cannot go back, or no longer holds what it was then.
     """
     if isinstance(cache, CacheList):
-        return CacheList(*(copied(member, rewind=rewind) for member in cache.caches))
+        return CacheList(*(copied(member, rewind=rewind, of_group=of_group) for member in cache.caches))
     copy_ = copy.copy(cache)
     if isinstance(cache, ArraysCache):
         _require(rewind == 0, cache, rewind)
@@ -172,15 +172,23 @@ def copied(cache: Cache, *, rewind: int = 0) -> Cache:
                 start, end = 0, copy_.offset - copy_.start_position
             case _:
                 start, end = 0, blocks(copy_.offset)
-        # `contiguous` shares a buffer of the right size and copies out of a larger one: none is held for a part of it.
-        copy_.keys, copy_.values = tree_map(lambda array: mx.contiguous(array[..., start:end, :]), (keys, values))
+        copy_.keys, copy_.values = tree_map(lambda array: _part(array, start, end, of_group), (keys, values))
     mx.eval(copy_.state)
     return copy_
 
 
+def _part(array: mx.array, start: int, end: int, of_group: bool) -> mx.array:
+    """These tokens of an array: the same buffer where they are all it has (but not all a group has), else their own.
+
+    `contiguous` alone would go on holding a buffer that is up to 16 KiB larger than the part of it.
+    """
+    part = array[..., start:end, :]
+    return part * 1 if of_group or part.shape != array.shape else mx.contiguous(array)
+
+
 def extracted(cache: Cache, row: int, *, rewind: int = 0) -> Cache:
     """One row of a group's cache as a cache of its own, as it was `rewind` tokens ago, evaluated. See `copied`."""
-    return copied(cache.extract(row), rewind=rewind)
+    return copied(cache.extract(row), rewind=rewind, of_group=True)
 
 
 def _require(can_rewind: bool, cache: Cache, rewind: int) -> None:
