@@ -140,21 +140,22 @@ def keep_rows(cache: Cache, rows: list[int]) -> Cache:
     return cache
 
 
-def copied(cache: Cache, *, rewind: int = 0, of_group: bool = False) -> Cache:
+def copied(cache: Cache, *, rewind: int = 0) -> Cache:
     """A copy of one sequence's cache as it was `rewind` tokens ago, evaluated, of no more than a window's tokens.
 
-    It shares the arrays' memory where it needs as much of it; MLX copies what is shared when one of the two is written
-    to. The array objects are never shared, because writing to a slice of one changes the object itself.
+    Its arrays are its own, and as large as they say. Shared ones would not be: MLX lets an array be a part of a buffer
+    that is up to 16 KiB larger (`contiguous`), and hands out freed buffers that are up to two pages larger than asked
+    for (mlx/backend/common/buffer_cache.h), so those are given back first.
 
     Raises:
         DisagreementError: this kind of cache cannot go back, or no longer holds what it was then.
     """
     if isinstance(cache, CacheList):
-        return CacheList(*(copied(member, rewind=rewind, of_group=of_group) for member in cache.caches))
+        return CacheList(*(copied(member, rewind=rewind) for member in cache.caches))
     copy_ = copy.copy(cache)
     if isinstance(cache, ArraysCache):
         _require(rewind == 0, cache, rewind)
-        copy_.cache = [None if state is None else mx.contiguous(state) for state in cache.cache]
+        copy_.cache = [None if state is None else _own(state) for state in cache.cache]
     elif not cache.empty():
         copy_.offset -= rewind
         keys, values = cache.keys, cache.values
@@ -172,23 +173,20 @@ def copied(cache: Cache, *, rewind: int = 0, of_group: bool = False) -> Cache:
                 start, end = 0, copy_.offset - copy_.start_position
             case _:
                 start, end = 0, blocks(copy_.offset)
-        copy_.keys, copy_.values = tree_map(lambda array: _part(array, start, end, of_group), (keys, values))
+        copy_.keys, copy_.values = tree_map(lambda array: _own(array[..., start:end, :]), (keys, values))
+    mx.clear_cache()
     mx.eval(copy_.state)
     return copy_
 
 
-def _part(array: mx.array, start: int, end: int, of_group: bool) -> mx.array:
-    """These tokens of an array: the same buffer where they are all it has (but not all a group has), else their own.
-
-    `contiguous` alone would go on holding a buffer that is up to 16 KiB larger than the part of it.
-    """
-    part = array[..., start:end, :]
-    return part * 1 if of_group or part.shape != array.shape else mx.contiguous(array)
+def _own(array: mx.array) -> mx.array:
+    """The same values in a buffer of their own, which `contiguous` does not promise; lazy."""
+    return array * 1
 
 
 def extracted(cache: Cache, row: int, *, rewind: int = 0) -> Cache:
     """One row of a group's cache as a cache of its own, as it was `rewind` tokens ago, evaluated. See `copied`."""
-    return copied(cache.extract(row), rewind=rewind, of_group=True)
+    return copied(cache.extract(row), rewind=rewind)
 
 
 def _require(can_rewind: bool, cache: Cache, rewind: int) -> None:

@@ -51,9 +51,8 @@ class Entry:
 class KVCacheStore:
     """All caches of this rank.
 
-    `num_bytes`: of all arrays, as of the last frame. `prefix_bytes`: those of the prefix cache's entries among them.
-    Arrays that an entry shares with a sequence until either grows are counted in both, so MLX may hold less, never
-    more. Both are plain numbers, which the heartbeat's thread reads.
+    `num_bytes`: of all arrays, as of the last frame. `prefix_bytes`: those of the prefix cache's entries among them,
+    which share none with sequences. Both are plain numbers, which the heartbeat's thread reads.
 
     Args:
         make_caches: fresh caches for one sequence, one entry a cache the stage owns.
