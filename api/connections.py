@@ -57,6 +57,7 @@ class Connections:
         self.max_connections = max_connections
         self.silence_s = silence_s
         self.idle: dict[Connection, None] = {}  # without a request; longest first
+        self.unread: set[Connection] = set()  # whose clients do not take what there is for them
 
     @classmethod
     def for_open_files(cls, num_files: int, *, silence_s: float) -> Connections:
@@ -69,6 +70,12 @@ class Connections:
                 max_connections,
             )
         return cls(max_connections=max_connections, silence_s=silence_s)
+
+    def hurry(self, silence_s: float) -> None:
+        """From now on a client may take nothing for so long only."""
+        self.silence_s = silence_s
+        for connection in self.unread:
+            connection.watch_reader()
 
     def accept(self, **arguments: Any) -> Connection:
         """As uvicorn makes a connection's protocol."""
@@ -98,7 +105,7 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._shared.idle.pop(self, None)
         self._head_timer = _cancelled(self._head_timer)
-        self._reader_timer = _cancelled(self._reader_timer)
+        self._forget_reader()
         super().connection_lost(exc)
 
     def _make_room(self) -> bool:
@@ -145,19 +152,26 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_reader()
+        self._shared.unread.add(self)
+        self.watch_reader()
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self._forget_reader()
+
+    def _forget_reader(self) -> None:
+        self._shared.unread.discard(self)
         self._reader_timer = _cancelled(self._reader_timer)
 
-    def _watch_reader(self) -> None:
+    def watch_reader(self) -> None:
+        """Look at the client again after the time it has to take something."""
+        _cancelled(self._reader_timer)
         size = self.transport.get_write_buffer_size()
         self._reader_timer = self.loop.call_later(self._shared.silence_s, self._check_reader, size)
 
     def _check_reader(self, size_before: int) -> None:
         if self.transport.get_write_buffer_size() < size_before:
-            self._watch_reader()
+            self.watch_reader()
             return
         logger.info("a client has read nothing for %.0f s: its connection is closed", self._shared.silence_s)
         self.transport.abort()

@@ -188,14 +188,19 @@ class Supervisor:
         self._settings = settings
         self._engine.configure(settings.for_ranks())
 
-    async def stop(self) -> None:
-        """Take no more requests, let the accepted ones end for SHUTDOWN_GRACE_S, and end those that are left."""
+    async def stop(self) -> float:
+        """Take no more requests, let the accepted ones end for SHUTDOWN_GRACE_S, and end those that are left.
+
+        Returns:
+            What is left of SHUTDOWN_GRACE_S, in seconds.
+        """
         serving = self.state in ("ready", "restarting")
         self._enter("stopping", "the server is being stopped")
         deadline = time.monotonic() + (self._settings.shutdown_grace_s if serving else 0)
         while self._engine.generations and time.monotonic() < deadline and not self.hurry:
             await asyncio.sleep(self._settings.poll_interval)
         self._engine.fail_all(NotReady("The server is being stopped.", retry_after_s=RETRY_AFTER_S))
+        return 0.0 if self.hurry else max(0.0, deadline - time.monotonic())
 
     def close(self) -> None:
         """Removes the folder of the socket, and frees the ring's ports for other servers."""

@@ -19,6 +19,7 @@ import httpx
 import psutil
 import pytest
 
+from api.__main__ import HTTP_END_GRACE_S
 from api.processes import ring_processes
 from distributed.launch import instance_id
 from tests.running_server import RunningServer
@@ -177,6 +178,28 @@ def test_past_its_grace_stop_ends_requests_with_an_error(new_server: NewServer):
         last = [line for line in lines if line.startswith("data: ")][-1]
     assert "being stopped" in json.loads(last.removeprefix("data: "))["error"]["message"]
     assert server.stop() == 0
+
+
+def test_stop_waits_for_a_client_that_takes_its_answer_slowly(new_server: NewServer):
+    server = new_server(SHUTDOWN_GRACE_S=60)
+    server.start()
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", server.api_port))
+        slow.sendall(request_of_much(server))
+        server.wait_until(lambda health: sum(health["requests"].values()) == 1, "at work")
+        server.wait_until(lambda health: sum(health["requests"].values()) == 0, "done, though nobody reads")
+        assert server.process is not None
+        server.process.send_signal(signal.SIGTERM)
+        stopped = time.monotonic()
+        received = b""
+        while piece := slow.recv(16_384):
+            received += piece
+            if time.monotonic() < stopped + 2 * HTTP_END_GRACE_S:
+                time.sleep(0.02)  # this is the slowness
+        assert received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert server.process.wait(30) == 0
+    RunningServer.started.remove(server)
 
 
 def test_ctrl_c_in_the_server_s_terminal_lets_requests_end_and_no_idle_client_holds_it_up(new_server: NewServer):
