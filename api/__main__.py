@@ -9,12 +9,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import gc
 import logging
 import math
 import os
-import platform
 import signal
 import socket
 import sys
@@ -33,6 +31,7 @@ from config.load import export_passthrough
 from config.logging import setup_api_logging
 from config.settings import PROCESS_FIELDS
 from distributed.launch import instance_id, run_dir
+from distributed.memory import share_one_heap
 
 logger = logging.getLogger("api")
 
@@ -43,7 +42,6 @@ EXIT_RUNNING = 3
 EXIT_PORT = 4
 HTTP_END_GRACE_S = 2  # for the last words of requests that SHUTDOWN_GRACE_S was not enough for
 UNREAD_GRACE_S = 5.0  # in which a client must take something of an answer that is there, once the server stops
-_M_ARENA_MAX = -8  # <malloc.h>
 
 
 def main() -> int:
@@ -56,7 +54,7 @@ def main() -> int:
         settings = load_config(root)
     except ConfigError as error:
         return _refuse(str(error), EXIT_CONFIG)
-    _share_one_heap()
+    share_one_heap()
     basis = reload.basis(settings, os.environ)
     export_passthrough(settings)
     setup_api_logging(settings, root / "server.log", to_stderr=arguments.log_to_stderr)
@@ -79,16 +77,6 @@ def main() -> int:
         logger.critical("the api process ends", exc_info=True)
         return EXIT_CRASH
     return 0
-
-
-def _share_one_heap() -> None:
-    """Let all threads allocate from one heap: glibc gives each its own, which keeps what that thread needed at most.
-
-    Prompts are rendered and cut into tokens in threads that take turns, so the peaks of one would serve the next. They
-    hold the interpreter's lock while they allocate and wait for each other anyway.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 class PortInUse(Exception):

@@ -21,16 +21,24 @@ class RingLost(Exception):
         permanent: another one would end the same way.
         is_explained: no request can have been the cause.
         out_of_memory: a rank could not get the memory it needed.
+        is_wedged: its ranks hang; none of them will end by itself.
     """
 
     def __init__(
-        self, reason: str, *, permanent: bool = False, is_explained: bool = False, out_of_memory: bool = False
+        self,
+        reason: str,
+        *,
+        permanent: bool = False,
+        is_explained: bool = False,
+        out_of_memory: bool = False,
+        is_wedged: bool = False,
     ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.permanent = permanent
         self.is_explained = is_explained
         self.out_of_memory = out_of_memory
+        self.is_wedged = is_wedged
         self.served_s: float | None = None  # None: it was never ready
         self.num_tokens = 0  # that it drew
 

@@ -76,7 +76,7 @@ class RingWatch:
                 self._engine.dump_stacks(reason)  # when the ring is lost nobody can find out
                 asked_at = now
             elif stuck_s > timeout_s and now - asked_at > min(STACKS_S, timeout_s / 2):
-                raise RingLost(f"{reason} (STEP_TIMEOUT)")
+                raise RingLost(f"{reason} (STEP_TIMEOUT)", is_wedged=True)
             if self._engine.seconds_of_silence > PEER_SILENCE_S:
                 raise RingLost(f"rank 0 was silent for {PEER_SILENCE_S:.0f} s")
 

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 State = Literal["starting", "ready", "restarting", "failed", "stopping"]
 
 END_GRACE_S = 10.0  # for ranks that are asked to end
-LOST_GRACE_S = 1.0  # for what is left of a ring that was lost: it ends by itself, or is wedged
+LOST_GRACE_S = 1.0  # for what is left of a ring that was lost: most of it ends by itself, with its last words
 GOES_BACK = "these settings do not work: the ring from before comes back"
 LONGEST_PAUSE_S = 10.0  # between two looks for a machine that is away
 
@@ -241,8 +241,9 @@ class Supervisor:
                 self._enter("ready", self.notice)
                 await watch.until_lost()
             except (OSError, DistributedError, RingLost) as error:
-                grace_s = LOST_GRACE_S
-                raise self._lost(error) from error
+                lost = self._lost(error)
+                grace_s = 0.0 if lost.is_wedged else LOST_GRACE_S
+                raise lost from error
             finally:
                 self._engine.suspend()
                 self._engine.shut_down()

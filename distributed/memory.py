@@ -1,4 +1,4 @@
-"""How much memory a rank of this machine may use.
+"""How much memory a rank of this machine may use, and how a process keeps its own small.
 
 It never imports mlx (it asks it only where a rank has loaded it) and reserves nothing. Every rank asks at start-up,
 `plan` for this machine.
@@ -6,6 +6,7 @@ It never imports mlx (it asks it only where a rank has loaded it) and reserves n
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,17 @@ MIB = 2**20
 # Of a Mac's memory, the GPU may keep about this much wired by default. From Apple's description of
 # recommendedMaxWorkingSetSize and users' reports; not measured here. Used only where mlx cannot be asked.
 MACOS_SHARE = 0.7
+_M_ARENA_MAX = -8  # of mallopt, from <malloc.h>
+
+
+def share_one_heap() -> None:
+    """Let all threads of this process allocate from one heap; before there are any.
+
+    glibc gives each its own, which keeps the most that this thread ever needed. Prompts are read, and grammars
+    compiled, by whichever thread of a pool is free, so the peaks of one would serve the next.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def total_memory_bytes() -> int:

@@ -16,6 +16,7 @@ import socket
 import sys
 
 from distributed.blas import prefer_openblas
+from distributed.memory import share_one_heap
 from distributed.temporary import use_private_temporary_folder
 
 logger = logging.getLogger("server")
@@ -41,6 +42,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the whole process group; the api ends us in order
     rank = int(os.environ.get("MLX_RANK", "0"))
 
+    share_one_heap()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
     from config.logging import setup_rank_logging

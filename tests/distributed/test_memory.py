@@ -1,8 +1,39 @@
-"""Which errors mean that memory was short."""
+"""Which errors mean that memory was short, and what threads allocate from."""
+
+import platform
+import subprocess
+import sys
 
 import pytest
 
 from distributed.memory import is_allocation_failure
+
+# Threads that all hold something at once; malloc_info lists the heaps of the process.
+NUM_HEAPS = """
+import ctypes, sys, threading
+from distributed.memory import share_one_heap
+if sys.argv[1] == "shared":
+    share_one_heap()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.fdopen.restype, libc.malloc_info.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+together = threading.Barrier(4)
+threads = [threading.Thread(target=lambda: (libc.malloc(5000), together.wait())) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+out = libc.fdopen(1, b"w")
+libc.malloc_info(0, out)
+libc.fflush(None)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no heap for each thread")
+@pytest.mark.parametrize(("heaps", "is_one"), [("shared", True), ("of each thread", False)])
+def test_threads_can_share_one_heap(heaps: str, is_one: bool):
+    told = subprocess.run([sys.executable, "-c", NUM_HEAPS, heaps], capture_output=True, check=True, text=True).stdout
+    assert (told.count("<heap nr=") == 1) == is_one
 
 
 @pytest.mark.parametrize(
