@@ -214,18 +214,21 @@ def test_a_stream_goes_on_over_a_restart_that_changes_the_ring_alone(
 ):
     project, _ = served
     api, log = api_pid(project), project.root / "server.log"
-    stream = Stream(project)
-    stream.read(20)
-    project.write_dotenv(RING_SIZE=1, LOG_LEVEL="info")  # the same level
-    began = len(log.read_text())
-    again = project.launch("restart")
-    assert again.returncode == 0 and again.stdout.count("a new ring takes over") == 1, again.stdout
-    assert "ready: tiny" in again.stdout
-    assert stream.read() == undisturbed
-    while stream.id not in (said := log.read_text()[began:]):
-        time.sleep(0.02)  # the client hears of the end a moment before the log does
-    assert said.index("restarting -> ready") < said.index(stream.id), "it ended before the ring did"
-    assert (len(project.ranks()), api_pid(project)) == (1, api)
+    for ring_size in (1, 2, 1):  # on a busy machine the stream may end before `restart` has read its settings
+        stream = Stream(project)
+        stream.read(20)
+        project.write_dotenv(RING_SIZE=ring_size, LOG_LEVEL="info")  # the same level
+        began = len(log.read_text())
+        again = project.launch("restart")
+        assert again.returncode == 0 and again.stdout.count("a new ring takes over") == 1, again.stdout
+        assert "ready: tiny" in again.stdout
+        assert stream.read() == undisturbed
+        while stream.id not in (said := log.read_text()[began:]):
+            time.sleep(0.02)  # the client hears of the end a moment before the log does
+        assert (len(project.ranks()), api_pid(project)) == (ring_size, api)
+        if went_on := said.index("restarting -> ready") < said.index(stream.id):
+            break
+    assert went_on, "each stream ended before its ring did"
 
 
 def test_settings_that_give_no_ring_make_way_for_those_that_served(served: tuple[LaunchedProject, str]):
