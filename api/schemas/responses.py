@@ -17,7 +17,7 @@ from api.schemas.base import (
     only,
     unsupported,
 )
-from api.schemas.chat import MAX_TOOLS, FunctionName, JsonObjectFormat, JsonSchema, ReasoningEffort, TextFormat
+from api.schemas.chat import MAX_TOOLS, FunctionName, JsonObjectFormat, ReasoningEffort, TextFormat
 from api.schemas.response_items import Input, InputMessage, ReceivedItem
 
 LOGPROBS = "message.output_text.logprobs"
@@ -65,8 +65,14 @@ ToolChoice = Annotated[
 ]
 
 
-class JsonSchemaFormat(JsonSchema):
+class JsonSchemaFormat(Received):
+    """Unlike in a chat there is none without a schema."""
+
     type: Literal["json_schema"]
+    name: FunctionName
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
 
 
 class TextConfig(Received):

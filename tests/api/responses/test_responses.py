@@ -253,6 +253,11 @@ def test_an_error_of_the_ring_is_an_http_status_and_nothing_is_stored(tmp_path: 
         ({"input": "one two three " * 50}, "input", "context_length_exceeded"),
         ({"max_output_tokens": 64}, "input", "context_length_exceeded"),
         ({"input": [message("user", "a"), message("system", "b")]}, "input", "invalid_messages"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "a"}}},
+            "text.format.schema",
+            "missing_required_parameter",
+        ),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort", "invalid_value"),
         ({"background": True}, "background", "unsupported_parameter"),
         ({"previous_response_id": "resp_none"}, "previous_response_id", "previous_response_not_found"),
