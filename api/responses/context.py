@@ -147,8 +147,14 @@ def _to_store(item: AnyItem) -> StoredItem:
     form.setdefault("id", f"{_ID_PREFIXES[item.type]}_{secrets.token_hex(24)}")
     form.setdefault("status", "completed")
     if isinstance(form.get("content"), str):
-        if isinstance(item, AssistantMessage):
-            form["content"] = [{"type": "output_text", "text": form["content"], "annotations": []}]
-        else:
-            form["content"] = [{"type": "input_text", "text": form["content"]}]
+        form["content"] = [{"type": "input_text", "text": form["content"]}]
+    if isinstance(item, AssistantMessage):
+        form["content"] = [_said(part) for part in form["content"]]
     return StoredItem(cast(str, form["id"]), json.dumps(form, ensure_ascii=False))
+
+
+def _said(part: dict[str, Any]) -> dict[str, Any]:
+    """A part of an assistant's message with all that one of an answer has, whatever its client left out of it."""
+    if part["type"] == "refusal":
+        return part
+    return {"annotations": [], "logprobs": [], **part, "type": "output_text"}

@@ -116,6 +116,20 @@ def test_input_items_are_listed_in_pages(tmp_path: Path, tiny_chat_model: Path):
 
 
 @pytest.mark.parametrize(
+    "content", ["one", [{"type": "output_text", "text": "one"}], [{"type": "input_text", "text": "one"}]]
+)
+def test_what_the_assistant_said_is_listed_as_in_an_answer(tmp_path: Path, tiny_chat_model: Path, content: Any):
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model, LONG) as app:
+            said = {"role": "assistant", "content": content}
+            response = await answered(app, input=[message("user", "hello"), said, message("user", "two")])
+            items = (await app.http.get(f"{RESPONSES}/{response['id']}/input_items")).json()["data"]
+            assert items[1]["content"] == [{"type": "output_text", "text": "one", "annotations": [], "logprobs": []}]
+
+    run(test())
+
+
+@pytest.mark.parametrize(
     ("below", "params", "param"),
     [
         ("", {"stream": "true"}, "stream"),
