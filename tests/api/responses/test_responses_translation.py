@@ -90,6 +90,7 @@ def test_calls_after_an_output_are_a_message_of_their_own():
 def test_an_output_may_have_parts():
     parts = [{"type": "input_text", "text": "ra"}, {"type": "input_text", "text": "in"}]
     assert messages(CALL, {**OUTPUT, "output": parts})[1]["content"] == "rain"
+    assert messages(CALL, {**OUTPUT, "output": []})[1]["content"] == ""
 
 
 @pytest.mark.parametrize(
