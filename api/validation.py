@@ -62,9 +62,15 @@ async def parse_request(
 
 
 def validate(
-    schema: type[Schema], body: dict[str, Any], unknown_fields: Literal["reject", "warn"]
+    schema: type[Schema],
+    body: dict[str, Any],
+    unknown_fields: Literal["reject", "warn"],
+    *,
+    setting_decides: bool = True,
 ) -> tuple[Schema, list[str]]:
     """The request, and the names of fields that were ignored (only where unknown fields are not refused).
+
+    `setting_decides`: `unknown_fields` is what the server's setting says, which a refusal may name.
 
     Raises InvalidRequest, UnknownParameter or UnsupportedParameter for the first thing that is wrong.
     """
@@ -84,7 +90,8 @@ def validate(
         elif others:
             raise _as_api_error(body, others[0])
         else:
-            raise _unknown(schema, _path(body, unknown[0]["loc"]), may_pass=unknown_fields == "reject")
+            may_pass = setting_decides and unknown_fields == "reject"
+            raise _unknown(schema, _path(body, unknown[0]["loc"]), may_pass=may_pass)
 
 
 def _unknown(schema: type[BaseModel], path: Path, *, may_pass: bool) -> UnknownParameter:

@@ -166,6 +166,7 @@ class ResponseRequest(ContextFields):
     image: Annotated[Any, only()] = None
     max_tool_calls: Annotated[Any, only()] = None
     moderation: Annotated[Any, only()] = None
+    multi_agent: Annotated[Any, only({"enabled": False})] = None
     prompt: Annotated[Any, only()] = None
     prompt_cache_options: Annotated[Any, only()] = None
     prompt_cache_retention: Annotated[Any, only("in_memory")] = None
@@ -197,6 +198,7 @@ class _Query(Received):
     model_config = ConfigDict(strict=False)  # a query's values are text
 
     include: Include | None = None
+    beta: Annotated[bool | None, only(True)] = None  # what OpenAI adds to multi-agent runs, which are not done
 
 
 class RetrieveQuery(_Query):

@@ -213,6 +213,7 @@ NOT_DONE = [
     ("image", {"context_compression": "auto"}),
     ("max_tool_calls", 3),
     ("moderation", {"model": "m"}),
+    ("multi_agent", {"enabled": True}),
     ("prompt", {"id": "pmpt_1"}),
     ("prompt_cache_options", {"mode": "explicit"}),
     ("prompt_cache_retention", "24h"),
