@@ -116,6 +116,26 @@ def test_input_items_are_listed_in_pages(tmp_path: Path, tiny_chat_model: Path):
     run(test())
 
 
+def test_items_of_one_id_are_listed_each_once(tmp_path: Path, tiny_chat_model: Path):
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model, LONG) as app:
+            first = await answered(app, "one", input=[{"id": "mine", **message("user", "hello")}])
+            again = [{"id": "mine", **message("user", text)} for text in ("two", "three")]
+            reference = {"type": "item_reference", "id": first["output"][0]["id"]}
+            second = await answered(app, input=[*again, reference], previous_response_id=first["id"])
+            texts, ids, more = [], [], True
+            while more and len(ids) < 10:
+                params = {"order": "asc", "limit": 1, **({"after": ids[-1]} if ids else {})}
+                page = (await app.http.get(f"{RESPONSES}/{second['id']}/input_items", params=params)).json()
+                texts.append(page["data"][0]["content"][0]["text"])
+                ids.append(page["last_id"])
+                more = page["has_more"]
+            assert texts == ["hello", "one", "two", "three", "one"]
+            assert ids[:2] == ["mine", first["output"][0]["id"]]
+
+    run(test())
+
+
 @pytest.mark.parametrize(
     "content", ["one", [{"type": "output_text", "text": "one"}], [{"type": "input_text", "text": "one"}]]
 )
