@@ -62,9 +62,15 @@ async def parse_request(
 
 
 def validate(
-    schema: type[Schema], body: dict[str, Any], unknown_fields: Literal["reject", "warn"]
+    schema: type[Schema],
+    body: dict[str, Any],
+    unknown_fields: Literal["reject", "warn"],
+    *,
+    setting_decides: bool = True,
 ) -> tuple[Schema, list[str]]:
     """The request, and the names of fields that were ignored (only where unknown fields are not refused).
+
+    `setting_decides`: `unknown_fields` is what the server's setting says, which a refusal may name.
 
     Raises InvalidRequest, UnknownParameter or UnsupportedParameter for the first thing that is wrong.
     """
@@ -84,7 +90,8 @@ def validate(
         elif others:
             raise _as_api_error(body, others[0])
         else:
-            raise _unknown(schema, _path(body, unknown[0]["loc"]), may_pass=unknown_fields == "reject")
+            may_pass = setting_decides and unknown_fields == "reject"
+            raise _unknown(schema, _path(body, unknown[0]["loc"]), may_pass=may_pass)
 
 
 def _unknown(schema: type[BaseModel], path: Path, *, may_pass: bool) -> UnknownParameter:
@@ -100,7 +107,7 @@ def _unknown(schema: type[BaseModel], path: Path, *, may_pass: bool) -> UnknownP
 def _as_api_error(body: dict[str, Any], finding: ErrorDetails) -> ApiError:
     """One of pydantic's findings, said as OpenAI says it."""
     kind, value, context = finding["type"], finding["input"], finding.get("ctx", {})
-    path = _path(body, finding["loc"], missing=kind == "missing")
+    path = _path(body, finding["loc"], lacking=value if kind == "missing" else None)
     name = _dotted(path)
     if kind == "missing" or (kind == "union_tag_not_found" and isinstance(value, dict)):
         name = name if kind == "missing" else _dotted((*path, _tag_field(context)))
@@ -164,13 +171,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:80] + "…"
 
 
-def _path(body: Any, location: Sequence[str | int], *, missing: bool = False) -> Path:
+def _path(body: Any, location: Sequence[str | int], *, lacking: Any = None) -> Path:
     """pydantic's location without the names of union members it puts between: only what is there in the body, and at
-    its end what should be and is `missing`."""
+    its end what should be and is missing. `lacking`: the object that it is missing from."""
     path: list[str | int] = []
-    value = body
+    value, missing = body, lacking is not None
     for place, step in enumerate(location):
         last = place == len(location) - 1
+        if missing and value is lacking:  # whatever its fields are called, the steps up to the last are union members
+            path.append(location[-1])
+            break
         if isinstance(step, int) and isinstance(value, list):
             path.append(step)
             value = value[step] if step < len(value) else None

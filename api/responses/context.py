@@ -11,7 +11,7 @@ import itertools
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from pydantic import TypeAdapter
@@ -104,12 +104,17 @@ def _context(
 ) -> list[ContextItem]:
     """`referred`: items that stand at these places of the input. In a thread: a conversation may be long."""
     items = [_read(stored, "previous_response_id") for stored in earlier]
+    taken = {stored.id for stored in earlier}
     for place, item in enumerate(request.items):
         source = "input" if isinstance(request.input, str) else f"input[{place}]"
         if isinstance(item, ItemReference):
-            items.append(_read(referred[place], source))
+            context = _read(referred[place], source)
         else:
-            items.append(ContextItem(item, source, _to_store(item)))
+            context = ContextItem(item, source, _to_store(item))
+        if context.stored.id in taken:
+            context = replace(context, stored=_as_another(context))
+        taken.add(context.stored.id)
+        items.append(context)
     return items
 
 
@@ -144,11 +149,27 @@ def _read(stored: StoredItem, source: str) -> ContextItem:
 def _to_store(item: AnyItem) -> StoredItem:
     """As OpenAI lists input items: with an id, a status, and content as parts."""
     form: dict[str, Any] = item.model_dump(mode="json", by_alias=True, exclude_none=True)
-    form.setdefault("id", f"{_ID_PREFIXES[item.type]}_{secrets.token_hex(24)}")
+    form.setdefault("id", _new_id(item))
     form.setdefault("status", "completed")
     if isinstance(form.get("content"), str):
-        if isinstance(item, AssistantMessage):
-            form["content"] = [{"type": "output_text", "text": form["content"], "annotations": []}]
-        else:
-            form["content"] = [{"type": "input_text", "text": form["content"]}]
+        form["content"] = [{"type": "input_text", "text": form["content"]}]
+    if isinstance(item, AssistantMessage):
+        form["content"] = [_said(part) for part in form["content"]]
     return StoredItem(cast(str, form["id"]), json.dumps(form, ensure_ascii=False))
+
+
+def _as_another(context: ContextItem) -> StoredItem:
+    """What is in the conversation already, or has the id of what is, once more: a list is read on from an id."""
+    form = {**json.loads(context.stored.body), "id": _new_id(context.item)}
+    return StoredItem(form["id"], json.dumps(form, ensure_ascii=False))
+
+
+def _new_id(item: AnyItem) -> str:
+    return f"{_ID_PREFIXES[item.type]}_{secrets.token_hex(24)}"
+
+
+def _said(part: dict[str, Any]) -> dict[str, Any]:
+    """A part of an assistant's message with all that one of an answer has, whatever its client left out of it."""
+    if part["type"] == "refusal":
+        return part
+    return {"annotations": [], "logprobs": [], **part, "type": "output_text"}

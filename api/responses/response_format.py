@@ -31,9 +31,14 @@ class ResponseFormat:
         self._save = save
         self._event = Numbered()
         num_top = request.top_logprobs or 0
+
+        def token_with_bytes(token_id: int) -> tuple[str, list[int] | None]:
+            text, data = token_text(token_id)
+            return text, data or []  # null, as a chat has it for control tokens, is nothing this endpoint documents
+
         self._writer = OutputWriter(
             self._event,
-            (lambda token: token_logprob(token, num_top, token_text)) if request.wants_logprobs else None,
+            (lambda token: token_logprob(token, num_top, token_with_bytes)) if request.wants_logprobs else None,
             with_encrypted_reasoning=request.wants_encrypted_reasoning,
         )
 

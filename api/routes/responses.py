@@ -178,7 +178,7 @@ def _query(request: Request, schema: type[Query]) -> Query:
             fields["include"] = [*fields.get("include", []), value]
         else:
             fields[name] = value
-    query, _ = validate(schema, fields, "reject")
+    query, _ = validate(schema, fields, "reject", setting_decides=False)
     return query
 
 

@@ -49,6 +49,7 @@ _AnyPart = Annotated[InputText | OutputText | OutputRefusal, Field(discriminator
 InputContent = Annotated[
     _String | Annotated[list[InputText], Tag("parts"), Field(min_length=1, fail_fast=True)], _content
 ]
+FunctionOutput = Annotated[_String | Annotated[list[InputText], Tag("parts"), Field(fail_fast=True)], _content]
 AssistantContent = Annotated[
     _String | Annotated[list[_AnyPart], Tag("parts"), Field(min_length=1, fail_fast=True)], _content
 ]
@@ -100,7 +101,7 @@ class FunctionCall(_OfFunction):
 
 class FunctionCallOutput(_OfFunction):
     type: Literal["function_call_output"]
-    output: InputContent
+    output: FunctionOutput
     name: Annotated[Any, only()] = None
 
     @property

@@ -17,7 +17,7 @@ from api.schemas.base import (
     only,
     unsupported,
 )
-from api.schemas.chat import MAX_TOOLS, FunctionName, JsonObjectFormat, JsonSchema, ReasoningEffort, TextFormat
+from api.schemas.chat import MAX_TOOLS, FunctionName, JsonObjectFormat, ReasoningEffort, TextFormat
 from api.schemas.response_items import Input, InputMessage, ReceivedItem
 
 LOGPROBS = "message.output_text.logprobs"
@@ -65,8 +65,14 @@ ToolChoice = Annotated[
 ]
 
 
-class JsonSchemaFormat(JsonSchema):
+class JsonSchemaFormat(Received):
+    """Unlike in a chat there is none without a schema."""
+
     type: Literal["json_schema"]
+    name: FunctionName
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
 
 
 class TextConfig(Received):
@@ -160,6 +166,7 @@ class ResponseRequest(ContextFields):
     image: Annotated[Any, only()] = None
     max_tool_calls: Annotated[Any, only()] = None
     moderation: Annotated[Any, only()] = None
+    multi_agent: Annotated[Any, only({"enabled": False})] = None
     prompt: Annotated[Any, only()] = None
     prompt_cache_options: Annotated[Any, only()] = None
     prompt_cache_retention: Annotated[Any, only("in_memory")] = None
@@ -191,6 +198,7 @@ class _Query(Received):
     model_config = ConfigDict(strict=False)  # a query's values are text
 
     include: Include | None = None
+    beta: Annotated[bool | None, only(True)] = None  # what OpenAI adds to multi-agent runs, which are not done
 
 
 class RetrieveQuery(_Query):

@@ -195,6 +195,19 @@ def test_a_missing_field_is_named():
     assert raised.value.param == "messages"
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice.name"),
+        ({"text": {"format": {"type": "json_schema", "json_schema": {"name": "a"}}}}, "text.format.name"),
+    ],
+)
+def test_a_field_that_is_missing_is_not_looked_for_in_what_is_called_as_the_type_is(fields: dict[str, Any], param: str):
+    with pytest.raises(InvalidRequest) as raised:  # a chat's form: it has the name, one object deeper
+        validate(ResponseRequest, {"model": "m", "input": "hi", **fields}, "reject")
+    assert (raised.value.param, raised.value.code) == (param, "missing_required_parameter")
+
+
 def test_messages_are_judged_by_their_role():
     assert message(content="x").param == "messages[0].role"
     assert "'bob'" in message(role="bob", content="x").message

@@ -215,6 +215,22 @@ def test_logprobs_are_those_of_the_text(tmp_path: Path, tiny_chat_model: Path):
     run(test())
 
 
+def test_a_likely_token_without_bytes_has_none(tmp_path: Path, tiny_chat_model: Path):
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model) as app:
+            asking = post(app, top_logprobs=1)
+            submit = await app.engine.read()
+            assert isinstance(submit, Submit)
+            end = submit.stop_token_ids[0]
+            for token, reason in ((app.ids("one")[0], None), (end, "stop")):
+                logprobs = [TokenLogprobs(-0.5, [end], [-0.25])]
+                app.engine.send(StepOutput([SequenceOutput(submit.request_id, [token], reason, logprobs=logprobs)]))
+            (part,) = (await asking).json()["output"][0]["content"]
+            assert part["logprobs"][0]["top_logprobs"] == [{"token": "<|im_end|>", "logprob": -0.25, "bytes": []}]
+
+    run(test())
+
+
 def test_an_error_of_the_ring_is_an_http_status_and_nothing_is_stored(tmp_path: Path, tiny_chat_model: Path):
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model) as app:
@@ -237,6 +253,11 @@ def test_an_error_of_the_ring_is_an_http_status_and_nothing_is_stored(tmp_path: 
         ({"input": "one two three " * 50}, "input", "context_length_exceeded"),
         ({"max_output_tokens": 64}, "input", "context_length_exceeded"),
         ({"input": [message("user", "a"), message("system", "b")]}, "input", "invalid_messages"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "a"}}},
+            "text.format.schema",
+            "missing_required_parameter",
+        ),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort", "invalid_value"),
         ({"background": True}, "background", "unsupported_parameter"),
         ({"previous_response_id": "resp_none"}, "previous_response_id", "previous_response_not_found"),

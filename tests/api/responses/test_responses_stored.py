@@ -24,6 +24,7 @@ def test_a_stored_response_comes_back_as_it_was(tmp_path: Path, tiny_chat_model:
             assert (await app.http.get(path)).json() == response
             included = await app.http.get(path, params={"include[]": "message.output_text.logprobs", "stream": "false"})
             assert included.json() == response
+            assert (await app.http.get(path, params={"beta": "true"})).json() == response  # client.beta.responses
             deleted = (await app.http.delete(path)).json()
             assert deleted == {"id": response["id"], "object": "response.deleted", "deleted": True}
             for method in ("GET", "DELETE"):
@@ -115,6 +116,40 @@ def test_input_items_are_listed_in_pages(tmp_path: Path, tiny_chat_model: Path):
     run(test())
 
 
+def test_items_of_one_id_are_listed_each_once(tmp_path: Path, tiny_chat_model: Path):
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model, LONG) as app:
+            first = await answered(app, "one", input=[{"id": "mine", **message("user", "hello")}])
+            again = [{"id": "mine", **message("user", text)} for text in ("two", "three")]
+            reference = {"type": "item_reference", "id": first["output"][0]["id"]}
+            second = await answered(app, input=[*again, reference], previous_response_id=first["id"])
+            texts, ids, more = [], [], True
+            while more and len(ids) < 10:
+                params = {"order": "asc", "limit": 1, **({"after": ids[-1]} if ids else {})}
+                page = (await app.http.get(f"{RESPONSES}/{second['id']}/input_items", params=params)).json()
+                texts.append(page["data"][0]["content"][0]["text"])
+                ids.append(page["last_id"])
+                more = page["has_more"]
+            assert texts == ["hello", "one", "two", "three", "one"]
+            assert ids[:2] == ["mine", first["output"][0]["id"]]
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    "content", ["one", [{"type": "output_text", "text": "one"}], [{"type": "input_text", "text": "one"}]]
+)
+def test_what_the_assistant_said_is_listed_as_in_an_answer(tmp_path: Path, tiny_chat_model: Path, content: Any):
+    async def test() -> None:
+        async with served(tmp_path, tiny_chat_model, LONG) as app:
+            said = {"role": "assistant", "content": content}
+            response = await answered(app, input=[message("user", "hello"), said, message("user", "two")])
+            items = (await app.http.get(f"{RESPONSES}/{response['id']}/input_items")).json()["data"]
+            assert items[1]["content"] == [{"type": "output_text", "text": "one", "annotations": [], "logprobs": []}]
+
+    run(test())
+
+
 @pytest.mark.parametrize(
     ("below", "params", "param"),
     [
@@ -134,7 +169,9 @@ def test_a_query_is_checked_like_a_body(
         async with served(tmp_path, tiny_chat_model) as app:
             response = await answered(app)
             refused = await app.http.get(f"{RESPONSES}/{response['id']}{below}", params=params)
-            assert assert_openai_error(refused, 400)["param"] == param
+            error = assert_openai_error(refused, 400)
+            assert error["param"] == param
+            assert "UNKNOWN_FIELDS" not in error["message"]  # which is about bodies
 
     run(test())
 

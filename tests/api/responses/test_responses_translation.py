@@ -90,6 +90,7 @@ def test_calls_after_an_output_are_a_message_of_their_own():
 def test_an_output_may_have_parts():
     parts = [{"type": "input_text", "text": "ra"}, {"type": "input_text", "text": "in"}]
     assert messages(CALL, {**OUTPUT, "output": parts})[1]["content"] == "rain"
+    assert messages(CALL, {**OUTPUT, "output": []})[1]["content"] == ""
 
 
 @pytest.mark.parametrize(
@@ -212,6 +213,7 @@ NOT_DONE = [
     ("image", {"context_compression": "auto"}),
     ("max_tool_calls", 3),
     ("moderation", {"model": "m"}),
+    ("multi_agent", {"enabled": True}),
     ("prompt", {"id": "pmpt_1"}),
     ("prompt_cache_options", {"mode": "explicit"}),
     ("prompt_cache_retention", "24h"),
