@@ -26,6 +26,7 @@ MAX_MEMBERS = 10_000  # of one object; each one that is wrong would make an erro
 MAX_VALUES = 2_000_000  # of a body, as a prompt of token ids is long
 MAX_CONTAINERS = 100_000  # objects and arrays of a body: Python's collector walks through all of them, and all wait
 _SLICE_BYTES = 64 * 1024
+_COMPRESSIONS = frozenset("br compress deflate gzip x-compress x-gzip zstd".split())
 
 
 async def read_json_body(request: Request, max_bytes: int) -> bytes:
@@ -35,6 +36,11 @@ async def read_json_body(request: Request, max_bytes: int) -> bytes:
         raise UnsupportedMediaType(
             f"Send the header 'Content-Type: application/json'; {media_type!r} is not supported."
         )
+    for coding in request.headers.get("content-encoding", "").lower().split(","):
+        if coding.strip() in _COMPRESSIONS:
+            raise UnsupportedMediaType(
+                f"Send the body as it is: 'Content-Encoding: {coding.strip()}' is not supported."
+            )
     declared = request.headers.get("content-length", "")
     too_large = declared.isdecimal() and int(declared) > max_bytes
     body = bytearray()
@@ -123,7 +129,10 @@ def _not_json(constant: str) -> NoReturn:
 
 def _integer(text: str) -> int:
     """As Python's parser reads it, but in a function of ours: between two of them other threads get their turn."""
-    return int(text)
+    try:
+        return int(text)
+    except ValueError:  # Python bounds the time that one takes
+        raise ValueError(f"the number {text[:40]}… has too many digits") from None
 
 
 def _finite(text: str) -> float:

@@ -38,6 +38,7 @@ _EXPECTED = {
     "model_type": "an object",
     "model_attributes_type": "an object",
     "content_type": "a string or an array of content parts",
+    "stop_type": "a string or an array of strings",
     "prompt_type": "a string, or an array of strings, of token ids, or of arrays of token ids",
 }
 # Types of content parts and blocks, OpenAI's and Anthropic's.
@@ -123,8 +124,8 @@ def _as_api_error(body: dict[str, Any], finding: ErrorDetails) -> ApiError:
     if kind == "conflict":
         return InvalidRequest(finding["msg"], param=context["param"], code="invalid_value")
     if kind == "union_tag_invalid":
-        name = _dotted((*path, _tag_field(context)))
-        return _invalid_value(name, str(context["tag"]), str(context["expected_tags"]))
+        field = _tag_field(context)
+        return _invalid_value(_dotted((*path, field)), value[field], str(context["expected_tags"]))
     if kind == "literal_error":
         return _invalid_value(name, value, str(context["expected"]))
     if kind in _EXPECTED or kind == "union_tag_not_found":
@@ -143,8 +144,13 @@ def _as_api_error(body: dict[str, Any], finding: ErrorDetails) -> ApiError:
 
 
 def _invalid_value(name: str, value: Any, expected: str) -> InvalidRequest:
+    """For one that is not among the `expected` words."""
+    if not isinstance(value, str):
+        got = _TYPE_NAMES.get(type(value), "another type")
+        message = f"Invalid type for '{name}': expected one of {expected}, but got {got} instead."
+        return InvalidRequest(message, param=name, code="invalid_type")
     message = f"Invalid value for '{name}': {_short(value)}. Supported values are: {expected}."
-    if isinstance(value, str) and value in _NOT_TEXT:
+    if value in _NOT_TEXT:
         message += " The served model reads text only."
     return InvalidRequest(message, param=name, code="invalid_value")
 

@@ -6,6 +6,7 @@ that is part of a character is named by its bytes. `api.completions.format` is t
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import islice
@@ -70,13 +71,13 @@ def token_name(text: str, data: list[int] | None) -> str:
 
 
 class _TextOffsets:
-    """The character that each token of a choice begins with."""
+    """The character that each token of a choice begins with. Bytes that are no text count as what they are shown as."""
 
     def __init__(self, prompt: str) -> None:
         self._prompt = prompt.encode()
         self._num_bytes = 0  # of the prompt that its tokens have covered
-        self._num_characters = 0  # that have begun in them
-        self._end = len(prompt)  # and with the answer's tokens
+        self._in_prompt = _Characters(0)
+        self._in_text = _Characters(len(prompt))  # with the answer's tokens
 
     def of_prompt(self, text: str, data: list[int] | None) -> int:
         """A control token (no `data`) may stand in the text, or be put before it by the tokenizer."""
@@ -84,30 +85,27 @@ class _TextOffsets:
         if not self._prompt.startswith(piece, self._num_bytes):
             # Tokenizers after SentencePiece begin a text with a space that is not there.
             piece = b"" if data is None else piece.removeprefix(b" ")
-        offset = _first_character(self._num_characters, piece)
         self._num_bytes += len(piece)
-        self._num_characters += _num_begun(piece)
-        return offset
+        return self._in_prompt.add(piece)
 
     def of_answer(self, data: list[int] | None) -> int:
         """In an answer control tokens are no text."""
-        piece = bytes(data or [])
-        offset = _first_character(self._end, piece)
-        self._end += _num_begun(piece)
-        return offset
+        return self._in_text.add(bytes(data or []))
 
 
-def _first_character(num_begun: int, piece: bytes) -> int:
-    """Where a piece begins behind so many characters; the last of them may not be complete."""
-    return num_begun - 1 if piece and not _begins_character(piece[0]) else num_begun
+class _Characters:
+    """Counts the characters of bytes that come in pieces."""
 
+    def __init__(self, num_before: int) -> None:
+        self._num_whole = num_before
+        self._decoder = getincrementaldecoder("utf-8")("replace")
 
-def _num_begun(piece: bytes) -> int:
-    return sum(map(_begins_character, piece))
-
-
-def _begins_character(byte: int) -> bool:
-    return byte & 0xC0 != 0x80  # else UTF-8 goes on with one
+    def add(self, piece: bytes) -> int:
+        """The character that the piece begins with, or goes on with where the one before is not whole yet."""
+        is_cut = bool(self._decoder.getstate()[0] and piece and piece[0] & 0xC0 != 0x80)  # the one before stays half
+        place = self._num_whole + is_cut
+        self._num_whole += len(self._decoder.decode(piece))
+        return place
 
 
 def _empty() -> CompletionLogprobs:

@@ -79,15 +79,19 @@ def _token_ids(bias: dict[str, float]) -> dict[str, float]:
     return bias
 
 
+def _stop_strings(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("stop_type", "expected a string or an array of strings")
+    return [value] if isinstance(value, str) else value
+
+
 _StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 _MetadataKey = Annotated[str, Field(max_length=64)]
 _MetadataValue = Annotated[str, Field(max_length=512)]
 
 Stop = Annotated[
     list[_StopString],
-    BeforeValidator(
-        lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=str | list[_StopString]
-    ),
+    BeforeValidator(_stop_strings, json_schema_input_type=str | list[_StopString]),
     Field(max_length=MAX_STOP_STRINGS),
 ]
 LogitBias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_token_ids)]

@@ -59,7 +59,8 @@ def call_schema(
         for function in functions
     )
     if sum(len(text) for _, text, _, _ in texts) > MAX_TOOLS_BYTES:
-        raise InvalidRequest(f"The functions' schemas are larger than {MAX_TOOLS_BYTES} bytes together.", param="tools")
+        message = f"The functions' schemas are larger than {MAX_TOOLS_BYTES} bytes together."
+        raise InvalidRequest(message, param="tools", code="invalid_value")
     return _calls(texts, required, name_key, arguments_key)
 
 
@@ -82,7 +83,7 @@ def _text_of(schema: dict[str, Any] | None, param: str) -> str:
     try:
         text = json.dumps(schema, ensure_ascii=False)
     except RecursionError:
-        raise InvalidRequest("The schema is nested too deeply.", param=param) from None
+        raise InvalidRequest("The schema is nested too deeply.", param=param, code="invalid_value") from None
     if (size := len(text.encode())) > MAX_SCHEMA_BYTES:
         raise InvalidRequest(
             f"The schema has {size} bytes, and at most {MAX_SCHEMA_BYTES} are taken.", param=param, code="invalid_value"
@@ -124,7 +125,8 @@ def _calls(
     try:
         check(schema, together)
     except SchemaError as error:
-        raise InvalidRequest(f"The functions cannot be enforced together: {error.message}.", param="tools") from None
+        message = f"The functions cannot be enforced together: {error.message}."
+        raise InvalidRequest(message, param="tools", code="invalid_value") from None
     return schema | _definitions(together)
 
 
@@ -135,11 +137,26 @@ def _arguments(parameters: dict[str, Any] | None, strict: bool, schemas: Schemas
     try:
         arguments = schemas.add(parameters, strict=strict, lenient=not strict)
         check(arguments, schemas)
+        if arguments.get("type") != "object":
+            arguments = _only_objects(arguments, schemas)
     except (UnsupportedKeyword, SchemaTooLarge):
         if strict:
             raise
         return ANY_OBJECT
-    return arguments if arguments.get("type") == "object" else {"allOf": [ANY_OBJECT, arguments]}
+    return arguments
+
+
+def _only_objects(arguments: dict[str, Any], schemas: Schemas) -> dict[str, Any]:
+    """Of what fits the schema, the objects. Raises as `check` does, and SchemaError where there are none."""
+    objects = {"allOf": [ANY_OBJECT, arguments]}
+    try:
+        check(objects, schemas)
+    except (UnsupportedKeyword, SchemaTooLarge):
+        raise
+    except SchemaError as error:
+        message = "the arguments of a function are an object, and no object fits this"
+        raise SchemaError(message, error.place) from None
+    return objects
 
 
 def _definitions(schemas: Schemas) -> dict[str, Any]:

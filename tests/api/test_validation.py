@@ -183,6 +183,24 @@ def test_a_wrong_value_is_a_400_that_names_its_field(fields: dict[str, Any], cod
     assert error["code"] == (code or "unsupported_parameter")
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"messages": [{"role": None, "content": "hi"}]}, "messages[0].role", "expected one of 'system', 'developer'"),
+        ({"messages": [{"role": [], "content": "hi"}]}, "messages[0].role", "but got an array"),
+        ({"response_format": {"type": None}}, "response_format.type", "expected one of 'text', 'json_object'"),
+        ({"tools": [TOOL | {"type": None}]}, "tools[0].type", "expected one of 'function', but got null"),
+        ({"reasoning_effort": True}, "reasoning_effort", "expected one of 'none', 'minimal'"),
+        ({"stop": 5}, "stop", "expected a string or an array of strings, but got an integer"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_answered_with_what_it_may_be(fields: dict[str, Any], param: str, says: str):
+    with pytest.raises(InvalidRequest) as raised:
+        parse(**fields)
+    assert raised.value.param == param and raised.value.code == "invalid_type"
+    assert says in raised.value.message
+
+
 def test_a_number_in_a_query_is_an_integer_where_its_field_is_one():
     with pytest.raises(InvalidRequest) as raised:
         validate(InputItemsQuery, {"limit": "0"}, "reject")

@@ -202,7 +202,7 @@ def test_the_effort_is_told_to_the_model(model: ChatTokenizer, effort: str):
 
 
 def test_efforts_that_the_model_does_not_know_are_refused(model: ChatTokenizer):
-    for effort in ("minimal", "xhigh"):
+    for effort in ("minimal", "xhigh", "max"):
         with pytest.raises(UnsupportedParameter, match="send 'none', 'low', 'medium' or 'high'") as raised:
             prompt(model, reasoning_effort=effort)
         assert raised.value.param == "reasoning_effort"

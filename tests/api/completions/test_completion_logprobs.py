@@ -36,6 +36,11 @@ def test_parts_of_a_character_begin_where_it_begins():
     assert written(" one世", [2, 4, 5], 4, 5, 3).text_offset == [0, 4, 4, 5, 5, 6]
 
 
+def test_bytes_that_are_no_text_take_the_place_of_what_they_are_shown_as():
+    assert written("", [1], 5, 6, 5, 3).text_offset == [0, 0, 1, 1, 2]  # the answer is "\ufffd\ufffd two"
+    assert written("", [1], 4, 3, 3).text_offset == [0, 0, 1, 5]  # "\ufffd two two"
+
+
 def test_the_likelier_of_two_tokens_with_one_text_is_named_and_the_token_itself_always():
     logprobs = written(" one", [2], 3, 7, num_top=2)
     assert logprobs.top_logprobs == [None, {"two": -0.5, " two": -0.5}, {"two": -0.5}]

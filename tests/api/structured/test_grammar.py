@@ -411,6 +411,14 @@ def test_a_strict_function_that_cannot_be_enforced_is_refused_by_its_name():
         calls(AS_TEXT, wrong, required=True)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_function_whose_arguments_could_be_no_object_is_refused_by_its_name(strict: bool):
+    text = Function("add", {"anyOf": [{"type": "string"}, {"type": "array"}]}, strict, "tools[1].function.parameters")
+    with pytest.raises(InvalidRequest, match="no object fits this") as refusal:
+        calls(AS_TEXT, NOW, text, required=True)
+    assert (refusal.value.param, refusal.value.code) == ("tools[1].function.parameters", "invalid_value")
+
+
 def test_functions_keep_definitions_of_the_same_name_apart():
     def function(name: str, kind: str) -> Function:
         parameters = an_object(a={"$ref": "#/$defs/A"}) | {"$defs": {"A": {"type": kind}}}
