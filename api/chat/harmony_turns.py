@@ -12,22 +12,21 @@ from itertools import takewhile
 from typing import Any
 
 from api.chat.template import ChatTemplate
-from api.chat.turns import Turn, native_turns
+from api.chat.turns import INSTRUCTING, Turn, native_turns
 from api.errors import InvalidRequest
 from api.output.deltas import BETWEEN_MESSAGES
 from api.output.tool_format import result_text
 from api.schemas.chat import Message
 
-_INSTRUCTING = ("system", "developer")
 # For each call the template looks at all turns behind it. So many take a second or two: 1,500 calls with their results.
 _MAX_LOOKS = 5_000_000
 
 
 def harmony_turns(messages: Sequence[Message], template: ChatTemplate) -> list[Turn]:
     """Raises InvalidRequest for instructions behind the beginning: the template would leave them out."""
-    instructing = list(takewhile(lambda message: message.role in _INSTRUCTING, messages))
+    instructing = list(takewhile(lambda message: message.role in INSTRUCTING, messages))
     for place, message in enumerate(messages):
-        if place >= len(instructing) and message.role in _INSTRUCTING:
+        if place >= len(instructing) and message.role in INSTRUCTING:
             raise InvalidRequest(
                 f"The served model takes messages of role '{message.role}' only before all others: "
                 f"move 'messages[{place}]' to the beginning, or send it as one of the user.",

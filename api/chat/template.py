@@ -66,6 +66,15 @@ class ChatTemplate:
         except InvalidRequest:
             return False
 
+    @cached_property
+    def takes_several_systems(self) -> bool:
+        """Whether a second system message at the beginning makes a difference, too."""
+        first, user = {"role": "system", "content": "first"}, {"role": "user", "content": "user"}
+        try:
+            return self.render([first, {"role": "system", "content": "second"}, user]) != self.render([first, user])
+        except InvalidRequest:
+            return False
+
     @property
     def can_think(self) -> bool:
         """Whether the model thinks before it answers. To have the tokens for it is not enough: whole families do."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 from api.chat.template import ChatTemplate
@@ -16,6 +17,8 @@ from api.output.tool_format import call_text, offer_text, result_text
 from api.schemas.chat import AssistantMessage, DeveloperMessage, Message, ToolCall, ToolMessage
 
 Turn = dict[str, Any]
+
+INSTRUCTING = ("system", "developer")
 
 
 def native_turns(messages: Sequence[Message], template: ChatTemplate, *, short_ids: bool = False) -> list[Turn]:
@@ -58,9 +61,21 @@ def generic_turns(messages: Sequence[Message], template: ChatTemplate, tools: Se
         else:
             turns.append(turn)
         follows_result = is_result
+    turns = with_joined_instructions(turns, template)
     if tools:
         _offer(turns, offer_text(tools), template)
     return turns
+
+
+def with_joined_instructions(turns: list[Turn], template: ChatTemplate) -> list[Turn]:
+    """Instructions at the beginning as one turn, where the template has a place for one alone.
+
+    Agents send several: `instructions` of a response beside a developer's message, a system's beside a developer's.
+    """
+    begin = list(takewhile(lambda turn: turn["role"] in INSTRUCTING, turns))
+    if len(begin) < 2 or template.takes_several_systems:
+        return turns
+    return [{**begin[0], "content": "\n\n".join(turn["content"] for turn in begin)}, *turns[len(begin) :]]
 
 
 def _turn(message: Message, template: ChatTemplate) -> Turn:
@@ -77,7 +92,7 @@ def _turn(message: Message, template: ChatTemplate) -> Turn:
 
 def _offer(turns: list[Turn], text: str, template: ChatTemplate) -> None:
     """Put the offer of tools where the model reads it first."""
-    if turns[0]["role"] in ("system", "developer"):
+    if turns[0]["role"] in INSTRUCTING:
         turns[0]["content"] += "\n\n" + text
     elif template.takes_system:
         turns.insert(0, {"role": "system", "content": text})

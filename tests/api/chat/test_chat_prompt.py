@@ -165,6 +165,33 @@ def test_a_template_that_raises_is_the_client_s_error(tiny: ChatTokenizer):
     assert raised.value.param == "messages"
 
 
+INSTRUCTIONS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "developer", "content": "Use metres."},
+    {"role": "system", "content": "Be kind."},
+]
+IN_ONE = {"role": "system", "content": "Be brief.\n\nUse metres.\n\nBe kind."}
+FIRST_SYSTEM_ONLY = """
+{%- if messages[0].role == 'system' %}{{ messages[0].content }};{% endif %}
+{%- for message in messages if message.role != 'system' %}{{ message.content }};{% endfor %}"""
+
+
+@pytest.mark.parametrize("tools", [{}, {"tools": [GET]}])
+def test_instructions_at_the_beginning_are_one_turn_where_the_template_takes_one(
+    tiny: ChatTokenizer, tools: dict[str, Any]
+):
+    assert text(tiny, *INSTRUCTIONS, user("hi"), **tools) == text(tiny, IN_ONE, user("hi"), **tools)
+
+
+def test_instructions_are_one_turn_where_the_template_would_leave_the_others_out(tiny_chat_model: Path, tmp_path: Path):
+    model = template_model(tiny_chat_model, tmp_path, FIRST_SYSTEM_ONLY)
+    assert text(model, *INSTRUCTIONS, user("hi")) == "Be brief.\n\nUse metres.\n\nBe kind.;hi;"
+
+
+def test_instructions_stay_as_they_are_where_the_template_takes_several(qwen: ChatTokenizer):
+    assert text(qwen, *INSTRUCTIONS, user("hi")).count("<|im_start|>system") == 3
+
+
 def test_a_model_without_a_template_says_so(tiny_chat_model: Path, tmp_path: Path):
     with pytest.raises(InvalidRequest, match="no chat template"):
         prompt(template_model(tiny_chat_model, tmp_path, None))
