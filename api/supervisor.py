@@ -62,7 +62,7 @@ class Supervisor:
         self._ports = RingPorts()
         self._ready_since = 0.0  # time.monotonic()
         self._lost_at = 0.0  # time.time()
-        self._sockets = Path(tempfile.mkdtemp(prefix=f"mlx-ring-{instance}-"))  # only its owner may enter
+        self._sockets = self._new_folder()
 
     # -- for the routes ----------------------------------------------------------------------------------------------
 
@@ -207,6 +207,10 @@ class Supervisor:
         self._ports.close()
         shutil.rmtree(self._sockets, ignore_errors=True)
 
+    def _new_folder(self) -> Path:
+        """For a ring's socket; only its owner may enter."""
+        return Path(tempfile.mkdtemp(prefix=f"mlx-ring-{self._instance}-"))
+
     def _enter(self, state: State, detail: str) -> None:
         if self.state != "stopping":  # nothing comes after that
             if state != self.state:
@@ -221,6 +225,8 @@ class Supervisor:
     async def _one_ring(self) -> None:
         """One ring from its start to its end. Leaves by an error, RingLost where it was foreseen, or cancelled."""
         await end_ring(self._instance)  # what a crashed server may have left holds the ports
+        shutil.rmtree(self._sockets, ignore_errors=True)
+        self._sockets = self._new_folder()  # systems clear temporary folders of what is old, as a server may be
         socket_path = self._sockets / "rank0.sock"
         ring: RingProcess | None = None
         grace_s = END_GRACE_S

@@ -174,9 +174,8 @@ def launcher(supervisor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 async def ring_that_is_lost(supervisor: Any, launcher: Launcher) -> asyncio.Task[None]:
     """One that is about to be ended."""
     ring = asyncio.create_task(supervisor._one_ring())
-    socket_path = supervisor._sockets / "rank0.sock"
     async with asyncio.timeout(5):
-        while not socket_path.exists():
+        while not (socket_path := supervisor._sockets / "rank0.sock").exists():
             await asyncio.sleep(0.01)
         engine = await FakeEngine.connect(socket_path)
         engine.send(Failed("rank 1 is lost", permanent=False))
