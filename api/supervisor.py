@@ -265,7 +265,7 @@ class Supervisor:
             lost = RingLost(str(error), permanent=permanent)
         else:
             lost = RingLost(f"it cannot be started: {error}")
-        if self.state == "ready":
+        if self.state == "ready" or self._engine.serving_since is not None:  # requests end on a ring while it stops
             lost.served_s = time.monotonic() - self._ready_since
             lost.num_tokens = self._engine.num_tokens
             self.num_lost += 1

@@ -199,6 +199,15 @@ def test_a_ring_that_is_lost_while_the_server_stops_takes_no_time_from_those_tha
     asyncio.run(test())
 
 
+def test_a_ring_that_serves_while_the_server_stops_has_served(supervisor: Any):
+    """So what kills it is looked for, and the next one comes at once."""
+    supervisor._engine.serve(READY)
+    supervisor.state = "stopping"
+    assert supervisor._lost(RingLost("rank 1 is lost")).has_served
+    supervisor._engine.suspend()
+    assert not supervisor._lost(RingLost("rank 1 did not come")).has_served
+
+
 def test_a_stop_while_a_lost_ring_is_being_ended_leaves_nothing_of_it(supervisor: Any, launcher: Launcher):
     async def test() -> None:
         ring = await ring_that_is_lost(supervisor, launcher)
