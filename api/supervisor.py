@@ -62,6 +62,7 @@ class Supervisor:
         self._ports = RingPorts()
         self._ready_since = 0.0  # time.monotonic()
         self._lost_at = 0.0  # time.time()
+        self._grace_until = 0.0  # time.monotonic(), once it stops
         self._sockets = self._new_folder()
 
     # -- for the routes ----------------------------------------------------------------------------------------------
@@ -188,19 +189,19 @@ class Supervisor:
         self._settings = settings
         self._engine.configure(settings.for_ranks())
 
-    async def stop(self) -> float:
-        """Take no more requests, let the accepted ones end for SHUTDOWN_GRACE_S, and end those that are left.
-
-        Returns:
-            What is left of SHUTDOWN_GRACE_S, in seconds.
-        """
+    async def stop(self) -> None:
+        """Take no more requests, let the accepted ones end for SHUTDOWN_GRACE_S, and end those that are left."""
         serving = self.state in ("ready", "restarting")
         self._enter("stopping", "the server is being stopped")
-        deadline = time.monotonic() + (self._settings.shutdown_grace_s if serving else 0)
-        while self._engine.generations and time.monotonic() < deadline and not self.hurry:
+        self._grace_until = time.monotonic() + (self._settings.shutdown_grace_s if serving else 0)
+        while self._engine.generations and self.seconds_of_grace:
             await asyncio.sleep(self._settings.poll_interval)
         self._engine.fail_all(NotReady("The server is being stopped.", retry_after_s=RETRY_AFTER_S))
-        return 0.0 if self.hurry else max(0.0, deadline - time.monotonic())
+
+    @property
+    def seconds_of_grace(self) -> float:
+        """What is left of SHUTDOWN_GRACE_S, once the server stops; nothing where nobody is waited for."""
+        return 0.0 if self.hurry else max(0.0, self._grace_until - time.monotonic())
 
     def close(self) -> None:
         """Removes the folder of the socket, and frees the ring's ports for other servers."""

@@ -208,6 +208,14 @@ def test_a_ring_that_serves_while_the_server_stops_has_served(supervisor: Any):
     assert not supervisor._lost(RingLost("rank 1 did not come")).has_served
 
 
+def test_who_waits_for_nobody_gives_no_grace_whenever_it_is_said(supervisor: Any):
+    supervisor.state = "ready"
+    asyncio.run(supervisor.stop())
+    assert supervisor.seconds_of_grace > 0
+    supervisor.hurry = True  # by a signal that comes while the ring is being ended
+    assert not supervisor.seconds_of_grace
+
+
 def test_a_stop_while_a_lost_ring_is_being_ended_leaves_nothing_of_it(supervisor: Any, launcher: Launcher):
     async def test() -> None:
         ring = await ring_that_is_lost(supervisor, launcher)
