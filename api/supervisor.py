@@ -308,7 +308,10 @@ class Supervisor:
         path = run_dir(self._settings.project_root) / RING_FILE
         about = {"launcher_pid": ring.pid, "instance": self._instance, "ranks": ranks}
         about["ports"] = self._ports.taken
-        write_json(path, {**about, "keys": digests(self._settings, RING_FIELDS)})
+        try:
+            write_json(path, {**about, "keys": digests(self._settings, RING_FIELDS)})
+        except OSError as error:  # the commands read it, and no ring needs it: a full disk ends none
+            logger.warning("%s cannot be written: %s", path, error.strerror or error)
 
 
 async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:

@@ -199,6 +199,14 @@ def test_a_ring_that_is_lost_while_the_server_stops_takes_no_time_from_those_tha
     asyncio.run(test())
 
 
+def test_no_ring_is_lost_where_what_it_leaves_for_the_commands_cannot_be_written(
+    supervisor: Any, caplog: pytest.LogCaptureFixture
+):
+    """As on a full disk; here there is no folder for it."""
+    supervisor._write_ring_file(Launcher(), READY)
+    assert "ring.json cannot be written" in caplog.text
+
+
 def test_a_ring_that_serves_while_the_server_stops_has_served(supervisor: Any):
     """So what kills it is looked for, and the next one comes at once."""
     supervisor._engine.serve(READY)
