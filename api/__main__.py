@@ -41,7 +41,7 @@ EXIT_CONFIG = 2
 EXIT_RUNNING = 3
 EXIT_PORT = 4
 HTTP_END_GRACE_S = 2  # for the last words of requests that SHUTDOWN_GRACE_S was not enough for
-UNREAD_GRACE_S = 5.0  # in which a client must take something of an answer that is there, once the server stops
+SILENCE_S = 5.0  # once the server stops: in which a client must take something of its answer, or send all it has to
 
 
 def main() -> int:
@@ -169,12 +169,12 @@ async def _serve(settings: Settings, instance: str, listener: socket.socket) -> 
         tasks.create_task(http.serve(sockets=[listener]), name="http")
         ring = tasks.create_task(supervisor.run(), name="supervisor")
         await stop.wait()
-        left_s = await supervisor.stop()
+        await supervisor.stop()
         ring.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await ring
-        connections.hurry(UNREAD_GRACE_S)
-        http.config.timeout_graceful_shutdown = max(HTTP_END_GRACE_S, math.ceil(left_s))
+        connections.hurry(SILENCE_S)
+        http.config.timeout_graceful_shutdown = max(HTTP_END_GRACE_S, math.ceil(supervisor.seconds_of_grace))
         http.should_exit = True
     logger.info("stopped")
 

@@ -30,7 +30,7 @@ FILES_FOR_OURSELVES = 64  # log, ring, store, the library's own
 FEW_CONNECTIONS = 1_200
 
 _LAST = "content-length: 0\r\nconnection: close\r\n\r\n"
-_TOO_MANY = f"HTTP/1.1 503 Service Unavailable\r\nretry-after: {RETRY_AFTER_S}\r\n{_LAST}"
+_NOT_NOW = f"HTTP/1.1 503 Service Unavailable\r\nretry-after: {RETRY_AFTER_S}\r\n{_LAST}"
 _TOO_SLOW = f"HTTP/1.1 408 Request Timeout\r\n{_LAST}"
 
 
@@ -58,6 +58,7 @@ class Connections:
         self.silence_s = silence_s
         self.idle: dict[Connection, None] = {}  # without a request; longest first
         self.unread: set[Connection] = set()  # whose clients do not take what there is for them
+        self.open: set[Connection] = set()  # all of them
 
     @classmethod
     def for_open_files(cls, num_files: int, *, silence_s: float) -> Connections:
@@ -72,10 +73,18 @@ class Connections:
         return cls(max_connections=max_connections, silence_s=silence_s)
 
     def hurry(self, silence_s: float) -> None:
-        """From now on a client may take nothing for so long only."""
+        """From now on a client may take nothing for so long only, and has so long for the rest of a request.
+
+        No request is accepted any more: what a body would still say, nobody waits for.
+        """
         self.silence_s = silence_s
         for connection in self.unread:
             connection.watch_reader()
+        asyncio.get_running_loop().call_later(silence_s, self._refuse_unsent)
+
+    def _refuse_unsent(self) -> None:
+        for connection in list(self.open):
+            connection.refuse_unsent()
 
     def accept(self, **arguments: Any) -> Connection:
         """As uvicorn makes a connection's protocol."""
@@ -93,17 +102,19 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
+        self._shared.open.add(self)
         probe(transport.get_extra_info("socket"))
         # What the system does not take is paused for at once, so that all of it is under `_reader_timer`.
         transport.set_write_buffer_limits(high=0)
         if len(self.connections) > self._shared.max_connections and not self._make_room():
-            self._end(_TOO_MANY)
+            self._end(_NOT_NOW)
             return
         self._shared.idle[self] = None
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._shared.idle.pop(self, None)
+        self._shared.open.discard(self)
         self._head_timer = _cancelled(self._head_timer)
         self._forget_reader()
         super().connection_lost(exc)
@@ -147,6 +158,11 @@ class Connection(H11Protocol):
     def _head_is_late(self) -> None:
         has_begun = self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]
         self._end(_TOO_SLOW if has_begun else "")
+
+    def refuse_unsent(self) -> None:
+        """Where a part of a request has come, it is over."""
+        if self._is_serving and self.cycle.more_body:
+            self._end("" if self.cycle.response_started else _NOT_NOW)
 
     # -- a client that does not read ---------------------------------------------------------------------------------
 

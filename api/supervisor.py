@@ -62,7 +62,8 @@ class Supervisor:
         self._ports = RingPorts()
         self._ready_since = 0.0  # time.monotonic()
         self._lost_at = 0.0  # time.time()
-        self._sockets = Path(tempfile.mkdtemp(prefix=f"mlx-ring-{instance}-"))  # only its owner may enter
+        self._grace_until = 0.0  # time.monotonic(), once it stops
+        self._sockets = self._new_folder()
 
     # -- for the routes ----------------------------------------------------------------------------------------------
 
@@ -188,24 +189,28 @@ class Supervisor:
         self._settings = settings
         self._engine.configure(settings.for_ranks())
 
-    async def stop(self) -> float:
-        """Take no more requests, let the accepted ones end for SHUTDOWN_GRACE_S, and end those that are left.
-
-        Returns:
-            What is left of SHUTDOWN_GRACE_S, in seconds.
-        """
+    async def stop(self) -> None:
+        """Take no more requests, let the accepted ones end for SHUTDOWN_GRACE_S, and end those that are left."""
         serving = self.state in ("ready", "restarting")
         self._enter("stopping", "the server is being stopped")
-        deadline = time.monotonic() + (self._settings.shutdown_grace_s if serving else 0)
-        while self._engine.generations and time.monotonic() < deadline and not self.hurry:
+        self._grace_until = time.monotonic() + (self._settings.shutdown_grace_s if serving else 0)
+        while self._engine.generations and self.seconds_of_grace:
             await asyncio.sleep(self._settings.poll_interval)
         self._engine.fail_all(NotReady("The server is being stopped.", retry_after_s=RETRY_AFTER_S))
-        return 0.0 if self.hurry else max(0.0, deadline - time.monotonic())
+
+    @property
+    def seconds_of_grace(self) -> float:
+        """What is left of SHUTDOWN_GRACE_S, once the server stops; nothing where nobody is waited for."""
+        return 0.0 if self.hurry else max(0.0, self._grace_until - time.monotonic())
 
     def close(self) -> None:
         """Removes the folder of the socket, and frees the ring's ports for other servers."""
         self._ports.close()
         shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def _new_folder(self) -> Path:
+        """For a ring's socket; only its owner may enter."""
+        return Path(tempfile.mkdtemp(prefix=f"mlx-ring-{self._instance}-"))
 
     def _enter(self, state: State, detail: str) -> None:
         if self.state != "stopping":  # nothing comes after that
@@ -221,6 +226,8 @@ class Supervisor:
     async def _one_ring(self) -> None:
         """One ring from its start to its end. Leaves by an error, RingLost where it was foreseen, or cancelled."""
         await end_ring(self._instance)  # what a crashed server may have left holds the ports
+        shutil.rmtree(self._sockets, ignore_errors=True)
+        self._sockets = self._new_folder()  # systems clear temporary folders of what is old, as a server may be
         socket_path = self._sockets / "rank0.sock"
         ring: RingProcess | None = None
         grace_s = END_GRACE_S
@@ -259,7 +266,7 @@ class Supervisor:
             lost = RingLost(str(error), permanent=permanent)
         else:
             lost = RingLost(f"it cannot be started: {error}")
-        if self.state == "ready":
+        if self.state == "ready" or self._engine.serving_since is not None:  # requests end on a ring while it stops
             lost.served_s = time.monotonic() - self._ready_since
             lost.num_tokens = self._engine.num_tokens
             self.num_lost += 1
@@ -301,7 +308,10 @@ class Supervisor:
         path = run_dir(self._settings.project_root) / RING_FILE
         about = {"launcher_pid": ring.pid, "instance": self._instance, "ranks": ranks}
         about["ports"] = self._ports.taken
-        write_json(path, {**about, "keys": digests(self._settings, RING_FIELDS)})
+        try:
+            write_json(path, {**about, "keys": digests(self._settings, RING_FIELDS)})
+        except OSError as error:  # the commands read it, and no ring needs it: a full disk ends none
+            logger.warning("%s cannot be written: %s", path, error.strerror or error)
 
 
 async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:

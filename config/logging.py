@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
@@ -82,6 +83,19 @@ class ServerLog(RotatingFileHandler):
         # delay: the file is opened by the first record, so all that can go wrong ends in handleError.
         super().__init__(path, maxBytes=MAX_LOG_BYTES, backupCount=NUM_OLD_LOGS, encoding="utf-8", delay=True)
         self._warned = False
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:
+        """Called for each record. Where somebody has removed or renamed the file, it is made again."""
+        if self.stream is not None and not self._is_the_file(self.stream):
+            self.stream.close()
+            self.stream = None  # pyright: ignore[reportAttributeAccessIssue]  # as before the first record
+        return bool(super().shouldRollover(record))
+
+    def _is_the_file(self, stream: TextIO) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.baseFilename), os.fstat(stream.fileno()))
+        except FileNotFoundError:
+            return False
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]

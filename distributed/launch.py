@@ -85,7 +85,9 @@ def ring_command(
 
 def _write_hostfile(path: Path, hosts: Sequence[RankHost]) -> Path:
     entries = [{"ssh": host.ssh or "127.0.0.1", "ips": list(host.addresses)} for host in hosts]
-    path.write_text(json.dumps(entries, indent=1) + "\n")
+    content = json.dumps(entries, indent=1) + "\n"
+    if not path.exists() or path.read_text() != content:  # the same ring comes again where the disk is full by now
+        path.write_text(content)
     return path
 
 

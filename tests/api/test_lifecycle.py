@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -125,6 +126,8 @@ def test_rings_that_are_lost_leave_no_process_no_file_and_no_descriptor(new_serv
     with tempfile.TemporaryDirectory() as temporary:
         server = new_server(RING_SIZE=2, TMPDIR=temporary)
         server.start()
+        for folder in Path(temporary).glob("mlx-ring-*/"):
+            shutil.rmtree(folder)  # as systems do with what is old
         undisturbed = text_of(stream_of(server))
         assert server.process is not None
         api = psutil.Process(server.process.pid)
@@ -205,9 +208,10 @@ def test_stop_waits_for_a_client_that_takes_its_answer_slowly(new_server: NewSer
 def test_ctrl_c_in_the_server_s_terminal_lets_requests_end_and_no_idle_client_holds_it_up(new_server: NewServer):
     server = new_server(RING_SIZE=2, SHUTDOWN_GRACE_S=60)
     server.start(own_group=True)
-    silent, unread = [socket.create_connection(("127.0.0.1", server.api_port)) for _ in range(2)]
-    with silent, unread, httpx.Client() as idle, open_stream(server) as response:
+    silent, unsent, unread = [socket.create_connection(("127.0.0.1", server.api_port)) for _ in range(3)]
+    with silent, unsent, unread, httpx.Client() as idle, open_stream(server) as response:
         idle.get(f"{server.url}/v1/models")
+        unsent.sendall(request_of_much(server)[:-1])
         unread.sendall(request_of_much(server))
         server.wait_until(lambda health: sum(health["requests"].values()) == 2, "at work on both")
         lines = response.iter_lines()
@@ -217,7 +221,9 @@ def test_ctrl_c_in_the_server_s_terminal_lets_requests_end_and_no_idle_client_ho
         assert [line for line in lines if line][-1] == "data: [DONE]"
         ended = time.monotonic()
         assert server.process.wait(30) == 0
+        refused = unsent.recv(1000)
     assert time.monotonic() - ended < 15
+    assert refused.startswith(b"HTTP/1.1 503 ") and b"retry-after: " in refused
     RunningServer.started.remove(server)
     assert "the ring is lost" not in server.log()
 

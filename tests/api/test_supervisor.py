@@ -174,9 +174,8 @@ def launcher(supervisor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 async def ring_that_is_lost(supervisor: Any, launcher: Launcher) -> asyncio.Task[None]:
     """One that is about to be ended."""
     ring = asyncio.create_task(supervisor._one_ring())
-    socket_path = supervisor._sockets / "rank0.sock"
     async with asyncio.timeout(5):
-        while not socket_path.exists():
+        while not (socket_path := supervisor._sockets / "rank0.sock").exists():
             await asyncio.sleep(0.01)
         engine = await FakeEngine.connect(socket_path)
         engine.send(Failed("rank 1 is lost", permanent=False))
@@ -198,6 +197,31 @@ def test_a_ring_that_is_lost_while_the_server_stops_takes_no_time_from_those_tha
             await ring
 
     asyncio.run(test())
+
+
+def test_no_ring_is_lost_where_what_it_leaves_for_the_commands_cannot_be_written(
+    supervisor: Any, caplog: pytest.LogCaptureFixture
+):
+    """As on a full disk; here there is no folder for it."""
+    supervisor._write_ring_file(Launcher(), READY)
+    assert "ring.json cannot be written" in caplog.text
+
+
+def test_a_ring_that_serves_while_the_server_stops_has_served(supervisor: Any):
+    """So what kills it is looked for, and the next one comes at once."""
+    supervisor._engine.serve(READY)
+    supervisor.state = "stopping"
+    assert supervisor._lost(RingLost("rank 1 is lost")).has_served
+    supervisor._engine.suspend()
+    assert not supervisor._lost(RingLost("rank 1 did not come")).has_served
+
+
+def test_who_waits_for_nobody_gives_no_grace_whenever_it_is_said(supervisor: Any):
+    supervisor.state = "ready"
+    asyncio.run(supervisor.stop())
+    assert supervisor.seconds_of_grace > 0
+    supervisor.hurry = True  # by a signal that comes while the ring is being ended
+    assert not supervisor.seconds_of_grace
 
 
 def test_a_stop_while_a_lost_ring_is_being_ended_leaves_nothing_of_it(supervisor: Any, launcher: Launcher):

@@ -125,6 +125,17 @@ def test_server_log_is_rotated_and_old_ones_are_bounded(
     assert "line 99" in (tmp_path / "server.log").read_text()
 
 
+def test_a_log_that_is_removed_or_renamed_is_made_again(load: Load, tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    setup_api_logging(load(), log)
+    for number, take_away in enumerate((log.unlink, lambda: log.rename(tmp_path / "old.log"))):
+        logging.getLogger("api").info("before")
+        take_away()
+        logging.getLogger("api").info("line %d", number)
+        assert log.read_text().endswith(f"api: line {number}\n") and "before" not in log.read_text()
+    assert "before" in (tmp_path / "old.log").read_text()
+
+
 def test_a_log_that_cannot_be_opened_goes_to_stderr_after_one_warning(
     load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

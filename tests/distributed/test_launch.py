@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -71,6 +72,18 @@ def test_the_hostfile_names_this_machine_as_mlx_launch_wants_it(root: Path):
     assert [entry["ssh"] for entry in entries] == ["127.0.0.1", "me@mac2", "127.0.0.1", "mac3"]
     assert entries[3]["ips"] == ["10.0.0.3", "10.0.1.3"]
     assert ring.argv[ring.argv.index("--starting-port") + 1] == "4000"
+
+
+def test_a_ring_of_the_same_hosts_comes_again_where_nothing_can_be_written(root: Path, monkeypatch: pytest.MonkeyPatch):
+    first = command(root, HOSTS[:1])
+
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    assert command(root, HOSTS[:1]).argv == first.argv
+    with pytest.raises(OSError, match="No space left"):
+        command(root, HOSTS[:1] * 2)
 
 
 def values_of(ring: RingCommand, option: str) -> list[str]:
