@@ -57,11 +57,12 @@ def lock_port(port: int) -> IO[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote; empty where it is not there."""
+    """What `write_json` wrote; empty where it is not there, or something else is."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

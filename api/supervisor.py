@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 State = Literal["starting", "ready", "restarting", "failed", "stopping"]
 
 END_GRACE_S = 10.0  # for ranks that are asked to end
-LOST_GRACE_S = 1.0  # for what is left of a ring that was lost: most of it ends by itself, with its last words
+LOST_GRACE_S = 1.0  # for a ring that nobody can ask; one that was lost mostly ends by itself, with its last words
 GOES_BACK = "these settings do not work: the ring from before comes back"
 LONGEST_PAUSE_S = 10.0  # between two looks for a machine that is away
 
@@ -230,7 +230,7 @@ class Supervisor:
         self._sockets = self._new_folder()  # systems clear temporary folders of what is old, as a server may be
         socket_path = self._sockets / "rank0.sock"
         ring: RingProcess | None = None
-        grace_s = END_GRACE_S
+        grace_s = LOST_GRACE_S  # a ring that starts does not listen yet
         async with self._engine.listening(socket_path):
             try:
                 self._ports.take(await asyncio.to_thread(ring_hosts, self._settings))
@@ -244,6 +244,7 @@ class Supervisor:
                 self._write_ring_file(ring, ready)
                 self._served_settings = self._settings
                 self._engine.serve(ready)
+                grace_s = END_GRACE_S
                 self._ready_since = time.monotonic()
                 self._enter("ready", self.notice)
                 await watch.until_lost()

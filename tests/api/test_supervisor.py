@@ -199,6 +199,25 @@ def test_a_ring_that_is_lost_while_the_server_stops_takes_no_time_from_those_tha
     asyncio.run(test())
 
 
+def test_a_ring_that_still_starts_is_given_no_time_to_hear_that_it_should_end(
+    supervisor: Any, launcher: Launcher, tmp_path: Path
+):
+    async def test() -> None:
+        ring = asyncio.create_task(supervisor._one_ring())
+        async with asyncio.timeout(5):
+            while not (tmp_path / ".run" / "ring.json").exists():
+                await asyncio.sleep(0.01)
+            ring.cancel()
+            while not launcher.grace_s:
+                await asyncio.sleep(0.01)
+        assert launcher.grace_s == LOST_GRACE_S
+        launcher.may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await ring
+
+    asyncio.run(test())
+
+
 def test_no_ring_is_lost_where_what_it_leaves_for_the_commands_cannot_be_written(
     supervisor: Any, caplog: pytest.LogCaptureFixture
 ):
