@@ -266,4 +266,10 @@ def _link_failure(host: RankHost, following: RankHost, result: dict[str, Any]) -
             f"{host.name}: cannot connect to {following.name} at {following.address}:{following.ports[0]} ({reason}):"
             " check firewalls and that both are on one network; on macOS allow Local Network for the terminal and sshd"
         )
+    if kind == "control":
+        return (
+            f"{host.name}: {following.name} lets it in at the ring's port {following.ports[0]}, and not at one that the"
+            f" system chose ({reason}), as control connections need: let the firewall there take all ports from the"
+            " ring's machines"
+        )
     return f"{host.name}: {reason}" if kind else None

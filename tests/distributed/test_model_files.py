@@ -9,7 +9,15 @@ from mlx.utils import tree_flatten
 
 from distributed.errors import ModelError, PartitionError
 from distributed.memory import configured_limit_bytes, rank_memory_limit_bytes
-from distributed.model_files import BROUGHT, INDEX, ensure_weights, inspect_model, models_dir, prepare_model, read_header
+from distributed.model_files import (
+    BROUGHT,
+    INDEX,
+    ensure_weights,
+    inspect_model,
+    models_dir,
+    prepare_model,
+    read_header,
+)
 from distributed.partition import LayerRange
 from distributed.weight_names import WeightNames
 from tests.distributed.model_folders import CONFIG, weight_files, write_folder

@@ -4,8 +4,9 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,13 @@ def free_address() -> tuple[str, int]:
         return probe.getsockname()
 
 
+@contextmanager
+def free_port_that_refuses() -> Iterator[int]:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
 def test_three_ranks_find_each_other_and_measure_their_links():
     places = [free_address() for _ in range(3)]
     with ThreadPoolExecutor() as pool:
@@ -227,6 +235,25 @@ def test_a_next_rank_that_does_not_listen_is_named():
     assert result["error"] == "connect"
     message = _link_failure(HERE, THERE, result)
     assert message is not None and message.startswith("this machine: cannot connect to mac2 at 10.0.0.2:4001")
+
+
+def test_a_firewall_that_lets_in_the_ring_port_alone_is_found_before_a_start():
+    """Else three starts fail, each after half a minute."""
+    with free_port_that_refuses() as refused, socket.create_server(("127.0.0.1", 0)) as following:
+
+        def lets_in_the_ring_port_alone() -> None:
+            connection, _ = following.accept()
+            with connection:
+                connection.recv(1)
+                connection.sendall(b"!%05d" % refused)
+                connection.recv(100)
+
+        with ThreadPoolExecutor() as pool:
+            pool.submit(lets_in_the_ring_port_alone)
+            result = worker_probe.link(free_address(), following.getsockname(), "a", "b", 1.0)
+    assert result["error"] == "control"
+    message = _link_failure(HERE, THERE, result)
+    assert message is not None and "mac2 lets it in at the ring's port 4001, and not at one that the system" in message
 
 
 def test_a_ring_port_in_use_is_named():
