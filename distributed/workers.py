@@ -135,13 +135,8 @@ def check_links(settings: Settings, hosts: Sequence[RankHost], report: Report) -
 
     with ThreadPoolExecutor(max_workers=len(hosts)) as pool:
         results = list(pool.map(ask_link, hosts))
-    failures = [
-        _link_failure(host, hosts[(host.rank + 1) % len(hosts)], result) for host, result in zip(hosts, results)
-    ]
-    # A rank that waited in vain says only that the rank before it failed, which that one's own line says better.
-    telling = [failure for failure, result in zip(failures, results) if failure and result["error"] != "accept"]
-    if any(failures):
-        raise HostError("\n".join(telling or filter(None, failures)))
+    if failures := _link_failures(hosts, results):
+        raise HostError("\n".join(failures))
     for host, result in zip(hosts, results, strict=True):
         following = hosts[(host.rank + 1) % len(hosts)]
         if host.ssh == following.ssh:
@@ -247,6 +242,21 @@ def _model_differences(target: str, facts: Facts, model: WorkerModel, world_size
         f"{target}: about {needed / 1e9:.0f} GB of {model.repo} are to be downloaded there and its disk has"
         f" {facts['free_bytes'] / 1e9:.0f} GB free: make room, or set HF_HOME to a larger disk"
     ]
+
+
+def _link_failures(hosts: Sequence[RankHost], results: Sequence[dict[str, Any]]) -> list[str]:
+    """One message each, without those that only tell of a neighbour's failure, which its own says better: of a rank
+    that waited for it in vain, or called where it could not listen."""
+    kinds = [result.get("error") for result in results]
+    failures: list[tuple[str, bool]] = []
+    for host, result in zip(hosts, results, strict=True):
+        following = hosts[(host.rank + 1) % len(hosts)]
+        if failure := _link_failure(host, following, result):
+            echoes = kinds[host.rank] == "accept" or (
+                kinds[host.rank] == "connect" and kinds[following.rank] == "listen"
+            )
+            failures.append((failure, echoes))
+    return [failure for failure, echoes in failures if not echoes] or [failure for failure, _ in failures]
 
 
 def _link_failure(host: RankHost, following: RankHost, result: dict[str, Any]) -> str | None:

@@ -26,6 +26,7 @@ from distributed.workers import (
     WorkerModel,
     _differences,
     _link_failure,
+    _link_failures,
     missing_files,
     pinned_versions,
 )
@@ -262,6 +263,14 @@ def test_a_ring_port_in_use_is_named():
     assert result == {"error": "listen", "reason": "in use"}
     message = _link_failure(THERE, HERE, result)
     assert message is not None and message.startswith("mac2: port 4001 is in use there")
+
+
+def test_what_a_neighbours_failure_brings_with_it_is_not_said_beside_it():
+    results = [{"error": "connect", "reason": "timed out"}, {"error": "listen", "reason": "in use"}]
+    (message,) = _link_failures([HERE, THERE], results)
+    assert message.startswith("mac2: port 4001 is in use there")
+    (message,) = _link_failures([HERE, THERE], [{"error": "accept", "reason": "did not connect"}, {"latency_ms": 1.0}])
+    assert message.startswith("this machine: did not connect")
 
 
 def test_a_stranger_on_the_ring_port_is_not_taken_for_the_rank_before():
