@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING
 
 from distributed import worker_probe
 from distributed.errors import HostError
+from distributed.model_files import BROUGHT
 from distributed.ssh import quote_remote_path, run_script, script_as_input, ssh_argv
 from distributed.version import code_hash
 from distributed.workers import (
@@ -25,6 +26,7 @@ from distributed.workers import (
     Report,
     WorkerModel,
     ask_facts,
+    check_login_shell,
     missing_files,
     pinned_versions,
 )
@@ -33,13 +35,13 @@ if TYPE_CHECKING:
     from config import Settings
 
 CODE = ("config", "distributed", "server", "requirements.lock")  # what a rank runs
-MARKER = ".mlx-ring-server"  # says that a folder on a worker is ours to replace
 TRANSFER_STEP_TIMEOUT_S = 120.0
 
 
 def bring_to_worker(settings: Settings, target: str, model: WorkerModel | None, report: Report) -> None:
     """Make `target` able to take part. HostError says what failed; running it again goes on where it stopped."""
     facts = ask_facts(settings, target, model)
+    check_login_shell(settings, target)  # it also reads what brings the code
     if facts["code"] == code_hash():
         report(f"{target}: code is up to date")
     else:
@@ -64,14 +66,14 @@ def bring_code(settings: Settings, target: str) -> None:
 folder={quote_remote_path(settings.worker_dir)}
 mkdir -p "$folder"
 cd "$folder"
-if [ ! -e {MARKER} ]; then
+if [ ! -e {BROUGHT} ]; then
   for part in {parts}; do
     if [ -e "$part" ]; then
       echo "$folder/$part is not ours to replace: set WORKER_DIR to a folder of its own" >&2
       exit 1
     fi
   done
-  : >{MARKER}
+  : >{BROUGHT}
 fi
 rm -rf .incoming .outgoing
 mkdir .incoming .outgoing
@@ -115,9 +117,10 @@ def bring_model(settings: Settings, target: str, model: WorkerModel, facts: Fact
     if not missing_files(model, facts):
         report(f"{target}: model {name} is there")
         return
-    sizes = worker_probe.files_of(model.folder)
+    files = worker_probe.files_of(model.folder)
+    sizes: dict[str, int] = {file: size for file, (size, _) in files.items()}
     arrived = facts["models"].get(f"{model.brought_to}.partial", {})
-    to_send = [file for file, size in sizes.items() if arrived.get(file) != size]
+    to_send = [file for file in files if arrived.get(file) != files[file]]
     needed = sum(sizes[file] for file in to_send)
     if needed > facts["free_bytes"]:
         raise HostError(
@@ -134,7 +137,7 @@ def bring_model(settings: Settings, target: str, model: WorkerModel, facts: Fact
         lambda pipe: _write_files(pipe, source, to_send, sizes, lambda text: report(f"{target}: {text}")),
     )
     arrived = ask_facts(settings, target, model)["models"].get(f"{model.brought_to}.partial", {})
-    wrong = [file for file, size in sizes.items() if arrived.get(file) != size]
+    wrong = [file for file in files if arrived.get(file) != files[file]]
     if wrong:
         raise HostError(f"{target}: {wrong[0]} of the model did not arrive whole; run ./launch.sh workers again")
     final = f"{quote_remote_path(settings.worker_dir)}/{shlex.quote(model.brought_to)}"

@@ -111,7 +111,10 @@ def connect_neighbours(
             right = Connection(socket.create_connection(right_address, timeout=_CONNECT_TIMEOUT_S), right_rank)
         except OSError as error:
             host, port = right_address
-            raise RingError(f"rank {rank} cannot reach rank {right_rank} at {host} port {port}: {error}") from error
+            raise RingError(
+                f"rank {rank} cannot reach rank {right_rank} at {host} port {port}: {error} (the system chose"
+                " that port: does a firewall there let in the ring's ports alone?)"
+            ) from error
         try:
             right.send(Hello(token, rank))
             caller = accept_caller(listener, Hello(token, left_rank), deadline)

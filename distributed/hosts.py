@@ -88,6 +88,7 @@ def hostfile_envs(settings: Settings) -> list[str]:
 
 def _places_of_workers(settings: Settings) -> list[tuple[str | None, tuple[str, ...]]]:
     addresses = [None if name in LOCAL_NAMES else resolve_worker(settings, name) for name in settings.worker_hosts]
+    _check_names_differ(settings.worker_hosts, addresses)
     first = next((address for address in addresses if address is not None), None)
     if settings.ring_host:
         ring_host = _resolve(settings.ring_host, f"RING_HOST={settings.ring_host}")
@@ -102,6 +103,17 @@ def _places_of_workers(settings: Settings) -> list[tuple[str | None, tuple[str, 
     for name, address in zip(settings.worker_hosts, addresses, strict=True):
         places.append((None, (ring_host,)) if address is None else (name, (address,)))
     return places
+
+
+def _check_names_differ(names: Sequence[str], addresses: Sequence[str | None]) -> None:
+    """By its name is known what shares a machine: its memory, and the folder that `workers` fills."""
+    name_of: dict[str, str] = {}
+    for name, address in zip(names, addresses, strict=True):
+        if address is not None and name_of.setdefault(address, name) != name:
+            raise HostError(
+                f"WORKER_HOSTS: {name_of[address]} and {name} are one machine ({address}): remove one, or write the"
+                " same name twice for two ranks there"
+            )
 
 
 def resolve_worker(settings: Settings, target: str) -> str:
@@ -150,6 +162,11 @@ def _resolve(hostname: str, where: str) -> str:
     try:
         found = socket.getaddrinfo(hostname, None, socket.AF_INET, socket.SOCK_STREAM)
     except socket.gaierror as error:
+        if ":" in hostname:
+            raise HostError(
+                f"{where}: the ring takes names and IPv4 addresses alone, neither IPv6 nor a port after a colon; ssh's"
+                " port belongs in ~/.ssh/config or SSH_OPTIONS"
+            ) from error
         raise HostError(
             f"{where}: {hostname!r} has no IPv4 address that this machine can find ({error.strerror}); correct the"
             " name, write the address itself, or list addresses in a HOSTFILE"

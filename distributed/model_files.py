@@ -21,6 +21,7 @@ from distributed.errors import ModelError
 from distributed.partition import LayerRange
 from distributed.weight_names import WeightNames
 
+BROUGHT = ".mlx-ring-server"  # in a folder on a worker that `./launch.sh workers` filled, and may replace parts of
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -111,7 +112,10 @@ def prepare_model(repo: str, root: Path, *, progress: Progress = lambda message:
         return prepare_builtin(repo, models_dir(root), progress)
     given = Path(repo).expanduser()
     brought = models_dir(root) / given.name
-    for folder in (given if given.is_absolute() else root / given, given.absolute(), brought):
+    places = [given if given.is_absolute() else root / given, given.absolute(), brought]
+    if (root / BROUGHT).exists():  # a copy at the same place as on rank 0's machine is nobody's to bring up to date
+        places.insert(0, brought)
+    for folder in places:
         if folder.is_dir():
             inspect_model(folder)
             return folder

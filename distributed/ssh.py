@@ -65,8 +65,13 @@ def run_script(
         HostAway: ssh could not get there, or it took longer than `timeout_s`.
     """
     argv = ssh_argv(settings, target, "sh -s", connect_timeout_s)
+    return run_on(target, argv, script_as_input(script), timeout_s)
+
+
+def run_on(target: str, argv: list[str], stdin: bytes, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Run `argv`, an ssh call for `target`. Raises HostAway as `run_script` does."""
     try:
-        done = subprocess.run(argv, input=script_as_input(script), capture_output=True, timeout=timeout_s, check=False)
+        done = subprocess.run(argv, input=stdin, capture_output=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:
         raise HostAway(f"{target}: did not answer within {timeout_s:.0f} s; try `ssh {target}` by hand") from error
     stdout, stderr = (stream.decode(errors="replace") for stream in (done.stdout, done.stderr))
@@ -94,13 +99,18 @@ def _ssh_failure(target: str, stderr: str) -> str:
 def write_ssh_shim(settings: Settings, folder: Path) -> Path:
     """Write `folder`/ssh, which runs the real ssh with our options; the caller puts `folder` first on PATH.
 
+    Only the calls that start a rank (`ssh -tt …`) get through. mlx.launch makes another one to kill it, with `rm` of
+    the first line that its ssh printed: where a login script greets, the words of that, which sh may take for
+    patterns of files in the home folder (and else a name that ends in the terminal's CR, so it never finds the
+    rank). Ranks end with their ssh, and `end_on_workers` sees to the rest.
+
     stdin comes from /dev/null: mlx.launch selects on the writable stdin of its children and so spins a whole core as
     long as they hold it open. Once it is closed, the newline that the api writes ends the spinning (DESIGN 9c).
     """
     folder.mkdir(parents=True, exist_ok=True)
     command = shlex.join([find_ssh(), *ssh_options(settings)])
     partial = folder / "ssh.partial"
-    partial.write_text(f'#!/bin/sh\nexec {command} "$@" </dev/null\n')
+    partial.write_text(f'#!/bin/sh\n[ "$1" = -tt ] || exit 0\nexec {command} "$@" </dev/null\n')
     partial.chmod(0o755)
     partial.replace(folder / "ssh")
     return folder

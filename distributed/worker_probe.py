@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -23,10 +24,13 @@ from typing import Any
 
 ROUND_TRIPS = 5
 LINK_PAYLOAD_S = 0.3  # how long a link is loaded to see what it carries
+CONTROL_TIMEOUT_S = 3.0
+SAMPLES = 32  # pieces of a file, at even distances
+SAMPLE_BYTES = 4096
 
 
 def facts(folder: Path, package_names: list[str], model_paths: list[str]) -> dict[str, Any]:
-    """Versions, our code's hash, disk, memory (bytes), and for each of `model_paths` its files with their sizes.
+    """Versions, our code's hash, disk, memory (bytes), and for each of `model_paths` what `files_of` says of it.
 
     A relative model path is meant from `folder`; one that is not there has no files.
     """
@@ -43,12 +47,29 @@ def facts(folder: Path, package_names: list[str], model_paths: list[str]) -> dic
     }
 
 
-def files_of(folder: Path) -> dict[str, int]:
-    """Relative path and size in bytes of every file under `folder`."""
+def files_of(folder: Path) -> dict[str, list[Any]]:
+    """For the relative path of every file under `folder`: its size in bytes, and a digest of samples of it.
+
+    Two trainings of a model have files of the same sizes. They differ everywhere, so samples tell them apart, which
+    takes milliseconds a file, where reading it all would take as long as a start.
+    """
     if not folder.is_dir():
         return {}
     found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+    return {path.relative_to(folder).as_posix(): [path.stat().st_size, _sampled(path)] for path in found}
+
+
+def _sampled(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            last = max(0, os.fstat(file.fileno()).st_size - SAMPLE_BYTES)
+            for number in range(SAMPLES):
+                file.seek(last * number // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    except OSError as error:
+        return str(error.strerror)  # like no file that can be read
+    return digest.hexdigest()[:16]
 
 
 def total_memory() -> int:
@@ -96,8 +117,9 @@ def link(
 ) -> dict[str, Any]:
     """Be one rank of the ring for a moment: accept the rank before at `listen`, connect to the next one at `connect`.
 
-    Returns either `error` ("listen", "connect" or "accept") with `reason`, or `latency_ms` and `bytes_per_s` towards
-    the next rank. Each connector says its token, so that a stranger on the port is told apart.
+    Returns either `error` ("listen", "connect", "control" or "accept") with `reason`, or `latency_ms` and `bytes_per_s`
+    towards the next rank. Each connector says its token, so that a stranger on the port is told apart, and then calls
+    at a port that the system chose as well, as control connections do: a firewall may let in the ring port alone.
     """
     server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
@@ -122,12 +144,12 @@ def _accept(server: socket.socket, token: str, deadline: float, failed: dict[str
         server.settimeout(max(0.01, deadline - time.monotonic()))
         try:
             connection, _ = server.accept()
-            with connection:
+            with connection, socket.create_server((server.getsockname()[0], 0)) as control:
                 connection.settimeout(max(0.01, deadline - time.monotonic()))
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if connection.recv(len(token)).decode(errors="replace") != token:
                     continue
-                connection.sendall(b"!")
+                connection.sendall(b"!%05d" % control.getsockname()[1])
                 for _ in range(ROUND_TRIPS):
                     connection.sendall(connection.recv(1))
                 received = 0
@@ -158,8 +180,11 @@ def _connect(address: tuple[str, int], token: str, deadline: float) -> dict[str,
             connection.settimeout(max(0.01, deadline - time.monotonic()))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.sendall(token.encode())
-            if connection.recv(1) != b"!":
+            answer = connection.recv(6)
+            if not answer.startswith(b"!"):
                 return {"error": "connect", "reason": "something else answers on that port"}
+            if reason := _why_no_connection((address[0], int(answer[1:]))):
+                return {"error": "control", "reason": reason}
             latency_s = min(_round_trip(connection) for _ in range(ROUND_TRIPS))
             started, piece = time.monotonic(), bytes(1 << 18)
             while time.monotonic() - started < LINK_PAYLOAD_S:
@@ -169,6 +194,14 @@ def _connect(address: tuple[str, int], token: str, deadline: float) -> dict[str,
             return {"latency_ms": latency_s * 1e3, "bytes_per_s": received / (time.monotonic() - started)}
     except OSError as error:
         return {"error": "connect", "reason": str(error.strerror or error)}
+
+
+def _why_no_connection(address: tuple[str, int]) -> str:
+    try:
+        socket.create_connection(address, timeout=CONTROL_TIMEOUT_S).close()
+    except OSError as error:
+        return str(error.strerror or error)
+    return ""
 
 
 def _round_trip(connection: socket.socket) -> float:

@@ -6,12 +6,12 @@ failure is a line that names the host and the mend. Called by the command line's
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import secrets
 import shlex
-import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from distributed import worker_probe
 from distributed.errors import HostError
 from distributed.hosts import RankHost, worker_targets
-from distributed.ssh import quote_remote_path, run_script, ssh_argv
+from distributed.ssh import quote_remote_path, run_on, run_script, ssh_argv
 from distributed.version import MUST_AGREE, code_hash
 
 if TYPE_CHECKING:
@@ -57,10 +57,11 @@ class WorkerModel:
 
     @property
     def places(self) -> list[str]:
-        """Where a rank on a worker looks for the folder; the embedded model is only ever in a server's own models/."""
+        """Where a rank on a worker looks for the folder, in its order (`prepare_model`); the embedded model is only
+        ever in a server's own models/."""
         if self.folder is None:
             return []
-        return [self.brought_to] if self.repo.startswith("builtin") else [self.brought_to, str(self.folder)]
+        return [self.brought_to] if self.repo.startswith("builtin") else [self.brought_to, self.repo]
 
 
 def check_workers(
@@ -105,15 +106,12 @@ def pinned_versions() -> dict[str, tuple[str, str | None]]:
 
 
 def missing_files(model: WorkerModel, facts: Facts) -> list[str]:
-    """The files of the model's folder that a worker lacks, in both places where it would be found."""
+    """The files of the model's folder that a worker lacks or has others of, in the folder that a rank there takes."""
     if model.folder is None:
         return []
     wanted = worker_probe.files_of(model.folder)
-    lacking = [
-        [name for name, size in wanted.items() if facts["models"].get(place, {}).get(name) != size]
-        for place in model.places
-    ]
-    return min(lacking, key=len)
+    there = next((files for place in model.places if (files := facts["models"].get(place))), {})
+    return [name for name, file in wanted.items() if there.get(name) != file]
 
 
 def check_links(settings: Settings, hosts: Sequence[RankHost], report: Report) -> None:
@@ -137,13 +135,8 @@ def check_links(settings: Settings, hosts: Sequence[RankHost], report: Report) -
 
     with ThreadPoolExecutor(max_workers=len(hosts)) as pool:
         results = list(pool.map(ask_link, hosts))
-    failures = [
-        _link_failure(host, hosts[(host.rank + 1) % len(hosts)], result) for host, result in zip(hosts, results)
-    ]
-    # A rank that waited in vain says only that the rank before it failed, which that one's own line says better.
-    telling = [failure for failure, result in zip(failures, results) if failure and result["error"] != "accept"]
-    if any(failures):
-        raise HostError("\n".join(telling or filter(None, failures)))
+    if failures := _link_failures(hosts, results):
+        raise HostError("\n".join(failures))
     for host, result in zip(hosts, results, strict=True):
         following = hosts[(host.rank + 1) % len(hosts)]
         if host.ssh == following.ssh:
@@ -169,28 +162,33 @@ python=$folder/.venv/bin/python
 exec "$python" -c {shlex.quote(probe)} "$folder" {shlex.quote(json.dumps(question))} </dev/null
 """
     done = run_script(settings, target, script, timeout_s=ANSWER_TIMEOUT_S)
-    if done.returncode == 0:
-        # A login script that prints comes first; the answer is the last line.
-        return json.loads(done.stdout.strip().splitlines()[-1])
-    raise HostError(f"{target}: {done.stderr.strip()}")
+    said = done.stderr.strip() or done.stdout.strip() or "it printed nothing"
+    if done.returncode != 0:
+        raise HostError(f"{target}: {said}")
+    # What a login script prints comes before or after it.
+    for line in done.stdout.splitlines():
+        with contextlib.suppress(ValueError):
+            if isinstance(answer := json.loads(line), dict):
+                return answer
+    raise HostError(
+        f"{target}: its login shell ends before it runs what ssh sends ({said}): look for exit or exec in ~/.bashrc or"
+        " ~/.zshenv there"
+    )
 
 
 def _try_to_ask_facts(settings: Settings, target: str, model: WorkerModel | None) -> Facts | str:
     try:
         facts = ask_facts(settings, target, model)
-        _check_login_shell(settings, target)
+        check_login_shell(settings, target)
         return facts
     except HostError as error:
         return str(error)
 
 
-def _check_login_shell(settings: Settings, target: str) -> None:
-    """mlx.launch sends its script to the login shell, in a form that bash and zsh understand."""
+def check_login_shell(settings: Settings, target: str) -> None:
+    """mlx.launch sends its script to the login shell, in a form that bash and zsh understand. HostError for others."""
     sent = '[[ -d / ]] && cmd=(echo fine); "${cmd[@]}"'
-    done = subprocess.run(
-        ssh_argv(settings, target, sent),
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S, check=False,
-    )  # fmt: skip
+    done = run_on(target, ssh_argv(settings, target, sent), b"", ANSWER_TIMEOUT_S)
     if "fine" not in done.stdout:
         raise HostError(f"{target}: its login shell is neither bash nor zsh, which mlx.launch needs: chsh -s /bin/bash")
 
@@ -230,9 +228,13 @@ def _differences(target: str, facts: Facts, model: WorkerModel | None, world_siz
 def _model_differences(target: str, facts: Facts, model: WorkerModel, world_size: int) -> list[str]:
     if model.folder is not None:
         missing = missing_files(model, facts)
-        return [f"{target}: lacks the model {model.folder.name} ({len(missing)} files): {BRING}"] if missing else []
+        return (
+            [f"{target}: lacks the model {model.folder.name}, or has another one ({len(missing)} files): {BRING}"]
+            if missing
+            else []
+        )
     files = facts["models"][_hub_folder(model.repo)]
-    present = sum(size for name, size in files.items() if name.startswith("blobs/"))
+    present = sum(size for name, (size, _) in files.items() if name.startswith("blobs/"))
     needed = model.size_bytes // world_size - present
     if needed <= facts["free_bytes"]:
         return []
@@ -240,6 +242,21 @@ def _model_differences(target: str, facts: Facts, model: WorkerModel, world_size
         f"{target}: about {needed / 1e9:.0f} GB of {model.repo} are to be downloaded there and its disk has"
         f" {facts['free_bytes'] / 1e9:.0f} GB free: make room, or set HF_HOME to a larger disk"
     ]
+
+
+def _link_failures(hosts: Sequence[RankHost], results: Sequence[dict[str, Any]]) -> list[str]:
+    """One message each, without those that only tell of a neighbour's failure, which its own says better: of a rank
+    that waited for it in vain, or called where it could not listen."""
+    kinds = [result.get("error") for result in results]
+    failures: list[tuple[str, bool]] = []
+    for host, result in zip(hosts, results, strict=True):
+        following = hosts[(host.rank + 1) % len(hosts)]
+        if failure := _link_failure(host, following, result):
+            echoes = kinds[host.rank] == "accept" or (
+                kinds[host.rank] == "connect" and kinds[following.rank] == "listen"
+            )
+            failures.append((failure, echoes))
+    return [failure for failure, echoes in failures if not echoes] or [failure for failure, _ in failures]
 
 
 def _link_failure(host: RankHost, following: RankHost, result: dict[str, Any]) -> str | None:
@@ -258,5 +275,11 @@ def _link_failure(host: RankHost, following: RankHost, result: dict[str, Any]) -
         return (
             f"{host.name}: cannot connect to {following.name} at {following.address}:{following.ports[0]} ({reason}):"
             " check firewalls and that both are on one network; on macOS allow Local Network for the terminal and sshd"
+        )
+    if kind == "control":
+        return (
+            f"{host.name}: {following.name} lets it in at the ring's port {following.ports[0]}, and not at one that the"
+            f" system chose ({reason}), as control connections need: let the firewall there take all ports from the"
+            " ring's machines"
         )
     return f"{host.name}: {reason}" if kind else None

@@ -62,6 +62,9 @@ def test_localhost_as_a_worker_is_a_second_rank_here():
         ({"worker_hosts": ("no-such-host.invalid",)}, "WORKER_HOSTS: no-such-host.invalid"),
         ({"worker_hosts": ("worker",), "ring_host": ELSEWHERE}, f"RING_HOST={ELSEWHERE}: no interface"),
         ({"worker_hosts": ("self",)}, "self is this machine"),
+        ({"worker_hosts": ("worker", "me@worker")}, "worker and me@worker are one machine"),
+        ({"worker_hosts": ("fd00::2",)}, "neither IPv6 nor a port after a colon"),
+        ({"worker_hosts": ("worker:22",)}, "neither IPv6 nor a port after a colon"),
     ],
 )
 def test_a_host_that_cannot_be_is_named_with_its_key(ssh_config: str, fields: dict[str, Any], message: str):

@@ -1,11 +1,13 @@
 import errno
 import json
 import os
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx._distributed_utils.launch import RemoteProcess
 
 from config import Settings
 from distributed.hosts import RankHost
@@ -117,6 +119,18 @@ def test_ssh_goes_through_a_shim_that_never_asks_and_closes_stdin(root: Path, tm
     text = shim.read_text()
     assert "-o BatchMode=yes -F '/a path/config' -p 2222" in text and "</dev/null" in text
     assert os.access(shim, os.X_OK)
+
+
+def test_mlx_launch_kills_nothing_on_a_worker_by_what_a_login_script_printed(root: Path, tmp_path: Path):
+    ring = command(root)
+    shim = Path(ring.env["PATH"].split(os.pathsep)[0]) / "ssh"
+    ssh = shlex.split(shim.read_text().splitlines()[-1])[1]
+    shim.write_text(shim.read_text().replace(ssh, "echo"))
+    done = [
+        subprocess.run([shim, *sent], capture_output=True, text=True, check=True).stdout
+        for sent in (("mac2", RemoteProcess.make_kill_script("** Welcome **")), ("-tt", "mac2", "its rank"))
+    ]
+    assert done[0] == "" and done[1].endswith("-tt mac2 its rank\n")
 
 
 def test_without_workers_ssh_is_not_needed(root: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,15 @@ from mlx.utils import tree_flatten
 
 from distributed.errors import ModelError, PartitionError
 from distributed.memory import configured_limit_bytes, rank_memory_limit_bytes
-from distributed.model_files import INDEX, ensure_weights, inspect_model, models_dir, prepare_model, read_header
+from distributed.model_files import (
+    BROUGHT,
+    INDEX,
+    ensure_weights,
+    inspect_model,
+    models_dir,
+    prepare_model,
+    read_header,
+)
 from distributed.partition import LayerRange
 from distributed.weight_names import WeightNames
 from tests.distributed.model_folders import CONFIG, weight_files, write_folder
@@ -132,6 +140,17 @@ def test_a_folder_is_found_absolute_relative_to_the_project_or_brought_to_its_mo
     assert prepare_model(str(folder), root) == folder
     assert prepare_model("near", root) == root / "near"
     assert prepare_model("/on/another/machine/brought", root) == models_dir(root) / "brought"
+
+
+def test_a_worker_takes_the_model_that_was_brought(tmp_path):
+    """An older copy at the place that rank 0's machine has it at is nobody's to bring up to date."""
+    root = tmp_path / "worker"
+    older, brought = tmp_path / "home" / "model", models_dir(root) / "model"
+    for folder in (older, brought):
+        write_folder(folder)
+    assert prepare_model(str(older), root) == older
+    (root / BROUGHT).touch()
+    assert prepare_model(str(older), root) == brought
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
