@@ -239,6 +239,20 @@ def test_a_stage_says_which_cache_switches_the_prefix_cache_off(caplog: pytest.L
     assert caplog.messages == ["the prefix cache is off: LayerCache cannot be copied"]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_cache_that_grows_by_whole_groups_of_tokens_costs_what_it_holds(size: int):
+    """One token does not show it: deepseek_v41 keeps one compressed key for every two."""
+    ring = Ring("deepseek_v41", size)
+    ring.run(Frame(0, [Admit(0, 900, GREEDY)]))
+    length = 0
+    for num_tokens in (97, 158, 1, 256, 300):
+        length += num_tokens
+        ring.run(Frame(0, [], [Row(0, length, num_tokens)]), [[5] * num_tokens])
+        for stage in ring.stages:
+            held, counted = stage.caches.num_bytes, stage.cache_cost.row_bytes(length)
+            assert held <= counted <= 1.1 * held, length
+
+
 def whole(architecture: str) -> StageModel:
     model = build(architecture)
     return StageModel(model, LayerRange(0, len(decoder_layers(model))))
