@@ -107,7 +107,9 @@ def _costs(cache: Cache, *grown: Cache) -> list[CacheCost]:
     if getattr(cache, "keys", None) is None:  # state-space layers: the same size at every length
         return [CacheCost(0, None, 0 if cache.empty() else cache.nbytes)]
     window = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
-    return [CacheCost(cache.nbytes // _capacity(cache), window)]
+    # It grows by whole blocks from wherever it is, which need not be the end of one.
+    room = BLOCK_TOKENS if isinstance(cache, ChunkedKVCache) else 0
+    return [CacheCost(cache.nbytes // _capacity(cache), window, room=room)]
 
 
 def arrays_of(cache: Cache) -> list[Any]:
@@ -137,6 +139,8 @@ def within_window(cache: Cache) -> Cache:
     if isinstance(cache, CacheList):
         cache.caches = tuple(map(within_window, cache.caches))
     elif isinstance(cache, RotatingKVCache) and not cache.empty() and _capacity(cache) > cache.max_size:
+        return copied(cache)
+    elif isinstance(cache, ChunkedKVCache) and not cache.empty() and _capacity(cache) > cache.chunk_size + BLOCK_TOKENS:
         return copied(cache)
     return cache
 

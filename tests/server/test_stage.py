@@ -253,6 +253,19 @@ def test_a_cache_that_grows_by_whole_groups_of_tokens_costs_what_it_holds(size: 
             assert held <= counted <= 1.1 * held, length
 
 
+@pytest.mark.parametrize("chunk", [7, 600])
+def test_chunks_of_attention_hold_no_more_than_they_cost(chunk: int):
+    """mlx-lm cuts them at each step, wherever that is, and grows them again by a block."""
+    ring = Ring("llama4", 1)
+    cost = ring.stages[0].cache_cost
+    ring.run(Frame(0, [Admit(0, 900, GREEDY)]))
+    steps = [(length, chunk) for length in range(chunk, 650, chunk)]
+    steps += [(steps[-1][0] + 1 + step, 1) for step in range(300)]
+    for length, num_tokens in steps:
+        ring.run(Frame(0, [], [Row(0, length, num_tokens)]), [[5] * num_tokens])
+        assert ring.stages[0].caches.num_bytes <= cost.row_bytes(-(-length // 256) * 256), length
+
+
 def whole(architecture: str) -> StageModel:
     model = build(architecture)
     return StageModel(model, LayerRange(0, len(decoder_layers(model))))
