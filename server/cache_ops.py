@@ -8,6 +8,7 @@ further class of caches is made known in the tables below.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -39,6 +40,9 @@ _PLAIN: dict[type, str] = {
 _ROTATING: dict[type, str] = {RotatingKVCache: "offset", BatchRotatingKVCache: "_offset"}
 # Merged, these take rows of different lengths, padded at the right.
 _PACKABLE: set[type] = {KVCache, MergeableQuantizedKVCache}
+# Tokens after which a cache of an unknown class is looked at: one short of whole blocks, when what it gathers before it
+# closes a group of them is most; past the windows that such caches have.
+_GROWTH_RUNS = (BLOCK_TOKENS - 1, 2 * BLOCK_TOKENS - 1)
 _COPYABLE: set[type] = {KVCache, MergeableQuantizedKVCache, RotatingKVCache, ChunkedKVCache, ArraysCache}
 
 
@@ -62,24 +66,50 @@ def uncopyable_class(cache: Cache) -> str | None:
     return None if type(cache) in _COPYABLE else type(cache).__name__
 
 
-def measure_cost(caches: list[Cache], *, can_batch: bool = True) -> RankCost:
-    """What one sequence costs, read off the shapes of `caches` that one token has passed through, evaluated or not."""
+def measure_cost(
+    caches: list[Cache], *, can_batch: bool = True, run: Callable[[int], list[Cache]] | None = None
+) -> RankCost:
+    """What one sequence costs, read off the shapes of `caches` that one token has passed through, evaluated or not.
+
+    `run`: fresh caches that so many tokens have passed through, for those whose growth one token does not show.
+    """
     batchable = can_batch and all(map(is_mergeable, caches))
+    grown: list[Any] = [()] * len(caches)
+    if run is not None and any(map(_hides_growth, caches)):
+        grown = list(zip(*map(run, _GROWTH_RUNS), strict=True))
     return RankCost(
-        [cost for cache in caches for cost in _costs(cache)],
+        [cost for cache, later in zip(caches, grown, strict=True) for cost in _costs(cache, *later)],
         batchable=batchable,
         can_pack=batchable and all(map(is_packable, caches)),
         can_keep=not any(map(uncopyable_class, caches)),
     )
 
 
-def _costs(cache: Cache) -> list[CacheCost]:
+def _hides_growth(cache: Cache) -> bool:
+    """True if it is neither keys and values nor a state of one size: deepseek_v41's closes a group of tokens at a time.
+
+    Such a class is in no table; a cache that nothing has filled may be any.
+    """
     if isinstance(cache, CacheList):
-        return [cost for member in cache.caches for cost in _costs(member)]
+        return any(map(_hides_growth, cache.caches))
+    return getattr(cache, "keys", None) is None and not isinstance(cache, ArraysCache) and not cache.empty()
+
+
+def _costs(cache: Cache, *grown: Cache) -> list[CacheCost]:
+    """`grown`: the same cache after each of _GROWTH_RUNS, if they were run."""
+    if isinstance(cache, CacheList):
+        members = zip(cache.caches, *(later.caches for later in grown), strict=True)
+        return [cost for member in members for cost in _costs(*member)]
+    if grown and _hides_growth(cache):
+        (before, after), (num_bytes, more_bytes) = _GROWTH_RUNS, [later.nbytes for later in grown]
+        token_bytes = -(-(more_bytes - num_bytes) // (after - before))
+        return [CacheCost(token_bytes, None, max(0, num_bytes - before * token_bytes))]
     if getattr(cache, "keys", None) is None:  # state-space layers: the same size at every length
         return [CacheCost(0, None, 0 if cache.empty() else cache.nbytes)]
     window = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
-    return [CacheCost(cache.nbytes // _capacity(cache), window)]
+    # It grows by whole blocks from wherever it is, which need not be the end of one.
+    room = BLOCK_TOKENS if isinstance(cache, ChunkedKVCache) else 0
+    return [CacheCost(cache.nbytes // _capacity(cache), window, room=room)]
 
 
 def arrays_of(cache: Cache) -> list[Any]:
@@ -109,6 +139,8 @@ def within_window(cache: Cache) -> Cache:
     if isinstance(cache, CacheList):
         cache.caches = tuple(map(within_window, cache.caches))
     elif isinstance(cache, RotatingKVCache) and not cache.empty() and _capacity(cache) > cache.max_size:
+        return copied(cache)
+    elif isinstance(cache, ChunkedKVCache) and not cache.empty() and _capacity(cache) > cache.chunk_size + BLOCK_TOKENS:
         return copied(cache)
     return cache
 

@@ -24,16 +24,20 @@ def blocks(num_tokens: int) -> int:
 
 
 class CacheCost(msgspec.Struct, frozen=True):
-    """Bytes of one cache: so many a token, up to `window` tokens (None: no end), and `fixed_bytes` a sequence."""
+    """Bytes of one cache: so many a token, up to `window` tokens (None: no end), and `fixed_bytes` a sequence.
+
+    `room`: for so many tokens more it may have room, however many it holds.
+    """
 
     bytes_per_token: int
     window: int | None = None
     fixed_bytes: int = 0
+    room: int = 0
 
     def row_bytes(self, num_tokens: int) -> int:
         """Bytes of one row of `num_tokens` allocated tokens."""
         held = num_tokens if self.window is None else min(num_tokens, self.window)
-        return self.fixed_bytes + held * self.bytes_per_token
+        return self.fixed_bytes + (held + self.room) * self.bytes_per_token
 
 
 class RankCost(msgspec.Struct, frozen=True):
@@ -224,10 +228,14 @@ def _bytes(cost: RankCost, groups: Iterable[Shape]) -> int:
 
 def _merged(cost: RankCost) -> RankCost:
     """The same cost of a row in few terms: caches with the same window are one, however many layers there are."""
-    merged: dict[int | None, CacheCost] = {}
+    merged: dict[tuple[int | None, int], CacheCost] = {}
     for cache in cost.caches:
-        so_far = merged.get(cache.window, CacheCost(0, cache.window))
-        merged[cache.window] = CacheCost(
-            so_far.bytes_per_token + cache.bytes_per_token, cache.window, so_far.fixed_bytes + cache.fixed_bytes
+        kind = (cache.window, cache.room)
+        so_far = merged.get(kind, CacheCost(0, cache.window, room=cache.room))
+        merged[kind] = CacheCost(
+            so_far.bytes_per_token + cache.bytes_per_token,
+            cache.window,
+            so_far.fixed_bytes + cache.fixed_bytes,
+            cache.room,
         )
     return RankCost(list(merged.values()))

@@ -59,7 +59,9 @@ class Stage:
         make_cache = model.make_cache if kv_cache_bits is None else quantized_make_cache(model, kv_cache_bits)
         self.caches = KVCacheStore(make_cache, can_batch=model.can_batch)
         dry_output, dry_caches = model.dry_run(make_cache())
-        self.cache_cost: RankCost = measure_cost(dry_caches, can_batch=model.can_batch)
+        self.cache_cost: RankCost = measure_cost(
+            dry_caches, can_batch=model.can_batch, run=lambda num_tokens: model.dry_run(make_cache(), num_tokens)[1]
+        )
         if not self.cache_cost.can_keep:
             unknown = next(filter(None, map(uncopyable_class, dry_caches)))
             logger.info("the prefix cache is off: %s cannot be copied", unknown)

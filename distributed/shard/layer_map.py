@@ -40,7 +40,7 @@ class StagePlan:
     `replicas`: a layer before the stage -> its entry, which layers of this stage read.
     `phantoms`: positions in `held` of caches that no layer here fills, each the only one of its kind.
     `sends`: entries whose new keys and values stages downstream need.
-    `example_message`: number of rows -> what arrives for one token of each, but zeros; None on the first stage.
+    `example_message`: numbers of rows and tokens -> what arrives for them, but zeros; None on the first stage.
     """
 
     held: tuple[int, ...]
@@ -48,7 +48,7 @@ class StagePlan:
     replicas: dict[int, int]
     phantoms: tuple[int, ...]
     sends: tuple[int, ...]
-    example_message: Callable[[int], StageMessage] | None
+    example_message: Callable[[int, int], StageMessage] | None
 
 
 def plan_stage(model: nn.Module, layer_range: LayerRange) -> StagePlan:
@@ -85,7 +85,7 @@ def plan_stage(model: nn.Module, layer_range: LayerRange) -> StagePlan:
 
 
 class _DryRun:
-    """One token a row through a weightless copy of the model, watched layer by layer.
+    """Tokens through a weightless copy of the model, watched layer by layer.
 
     `owner`: cache entry -> the layer that fills it; `readers`: entry -> the other layers that read it.
     """
@@ -100,17 +100,17 @@ class _DryRun:
         self._skeleton = _weightless_copy(model)
         layers = decoder_layers(self._skeleton)
         hook_layers(layers, self._visit)
-        self._run(num_rows=1)
+        self._run(num_rows=1, num_tokens=1)
         if self._calls != list(range(len(layers))):
             raise ModelError(
                 f"the model class {type(model).__module__} does not call each of its {len(layers)} layers once and in "
                 "order, so it cannot be cut into stages; run it on one rank (RING_SIZE=1, no WORKER_HOSTS)"
             )
 
-    def _run(self, num_rows: int) -> None:
+    def _run(self, num_rows: int, num_tokens: int) -> None:
         cache = make_prompt_cache(self._skeleton)
         with CacheTap(dict(enumerate(cache))) as self._tap:
-            _run(self._skeleton, mx.zeros((num_rows, 1), mx.int32), cache)
+            _run(self._skeleton, mx.zeros((num_rows, num_tokens), mx.int32), cache)
         del self._tap  # it holds the whole graph
 
     def _visit(self, index: int, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -129,10 +129,10 @@ class _DryRun:
         """Entries filled before `layer` that it or a later one reads."""
         return tuple(sorted(e for e, readers in self.readers.items() if self.owner[e] < layer <= max(readers)))
 
-    def example_message(self, start: int, num_rows: int) -> StageMessage:
+    def example_message(self, start: int, num_rows: int, num_tokens: int) -> StageMessage:
         """What the layer before `start` gives, with zeros in it."""
         self._boundary = start - 1
-        self._run(num_rows)
+        self._run(num_rows, num_tokens)
         message, self._message = self._message, None
         assert message is not None
         new_kv = {entry: message.new_kv[entry] for entry in self.entries_across(start)}

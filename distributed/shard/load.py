@@ -32,6 +32,11 @@ def load_stage(info: ModelInfo, layer_range: LayerRange, *, trust_remote_code: b
         ModelError: mlx-lm cannot load the model, or a weight that the stage needs is not on this machine.
     """
     stage = StageModel(load_lazily(info, trust_remote_code=trust_remote_code), layer_range)
+    if stage.num_layers != info.num_layers:  # the split would leave some out, and no rank would be the last
+        raise ModelError(
+            f"{info.path}/config.json says that the model has {info.num_layers} layers, but mlx-lm makes "
+            f"{stage.num_layers} of it: correct the number of layers there."
+        )
     with _as_model_errors(info, "read"):
         stage.load_weights_of_this_stage()
     return stage

@@ -109,20 +109,22 @@ class StageModel:
             raise _EndOfStage(forward.message_after(output, shared_dicts(args, kwargs)))
         return output
 
-    def example_message(self, num_rows: int = 1) -> StageMessage | None:
-        """What arrives here for one token of each row, but zeros; None on the first stage."""
-        return self._plan.example_message(num_rows) if self._plan and self._plan.example_message else None
+    def example_message(self, num_rows: int = 1, num_tokens: int = 1) -> StageMessage | None:
+        """What arrives here for so many tokens of each row, but zeros; None on the first stage."""
+        return self._plan.example_message(num_rows, num_tokens) if self._plan and self._plan.example_message else None
 
-    def dry_run(self, cache: list[Any] | None = None) -> tuple[Any, list[Any]]:
-        """One token through the stage, from empty caches and a message of zeros: output and caches, all lazy.
+    def dry_run(self, cache: list[Any] | None = None, num_tokens: int = 1) -> tuple[Any, list[Any]]:
+        """Tokens through the stage, from empty caches and a message of zeros: output and caches, all lazy.
 
         Their shapes tell what a message and a cache hold; evaluating them reads just the weights the stage needs.
 
         Args:
             cache: empty caches to try in place of `make_cache`'s, of one sequence or one row.
+            num_tokens: of the one sequence.
         """
         cache = self.make_cache() if cache is None else cache
-        return self(mx.zeros((1, 1), mx.int32), self.example_message(), cache), cache
+        token_ids = mx.zeros((1, num_tokens), mx.int32)
+        return self(token_ids, self.example_message(num_tokens=num_tokens), cache), cache
 
     def load_weights_of_this_stage(self) -> None:
         """Read what this stage needs and nothing else, a tensor at a time so that the peak stays low.

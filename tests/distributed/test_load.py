@@ -1,6 +1,7 @@
 """Loading a stage: the same numbers as the unsplit model, and no byte or file more than it needs."""
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -64,6 +65,14 @@ def test_a_weight_that_is_not_here_is_an_error_and_never_zeros(tmp_path):
         mx.eval(load_lazily(info)(mx.array([[1]])))
     with pytest.raises(ModelError, match="cannot read the model"):
         load_stage(info, LayerRange(0, 2))
+
+
+def test_a_config_that_speaks_of_fewer_layers_than_the_model_has_is_an_error(tmp_path):
+    """The ring would get ready, and end at its first request: its last rank would not be the last stage."""
+    write_folder(tmp_path / "tiny")
+    info = replace(inspect_model(tmp_path / "tiny"), num_layers=3)
+    with pytest.raises(ModelError, match=r"config\.json says that the model has 3 layers, but mlx-lm makes 4 of it"):
+        load_stage(info, LayerRange(1, 3))
 
 
 def test_weight_files_may_have_names_that_mlx_lm_does_not_look_for(tmp_path):

@@ -239,6 +239,33 @@ def test_a_stage_says_which_cache_switches_the_prefix_cache_off(caplog: pytest.L
     assert caplog.messages == ["the prefix cache is off: LayerCache cannot be copied"]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_cache_that_grows_by_whole_groups_of_tokens_costs_what_it_holds(size: int):
+    """One token does not show it: deepseek_v41 keeps one compressed key for every two."""
+    ring = Ring("deepseek_v41", size)
+    ring.run(Frame(0, [Admit(0, 900, GREEDY)]))
+    length = 0
+    for num_tokens in (97, 158, 1, 256, 300):
+        length += num_tokens
+        ring.run(Frame(0, [], [Row(0, length, num_tokens)]), [[5] * num_tokens])
+        for stage in ring.stages:
+            held, counted = stage.caches.num_bytes, stage.cache_cost.row_bytes(length)
+            assert held <= counted <= 1.1 * held, length
+
+
+@pytest.mark.parametrize("chunk", [7, 600])
+def test_chunks_of_attention_hold_no_more_than_they_cost(chunk: int):
+    """mlx-lm cuts them at each step, wherever that is, and grows them again by a block."""
+    ring = Ring("llama4", 1)
+    cost = ring.stages[0].cache_cost
+    ring.run(Frame(0, [Admit(0, 900, GREEDY)]))
+    steps = [(length, chunk) for length in range(chunk, 650, chunk)]
+    steps += [(steps[-1][0] + 1 + step, 1) for step in range(300)]
+    for length, num_tokens in steps:
+        ring.run(Frame(0, [], [Row(0, length, num_tokens)]), [[5] * num_tokens])
+        assert ring.stages[0].caches.num_bytes <= cost.row_bytes(-(-length // 256) * 256), length
+
+
 def whole(architecture: str) -> StageModel:
     model = build(architecture)
     return StageModel(model, LayerRange(0, len(decoder_layers(model))))
