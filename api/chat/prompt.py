@@ -265,4 +265,8 @@ def _check_names(
             is_used = True
         if not is_used:
             name = f"messages[{place}].name"
-            raise UnsupportedParameter(f"The served model's chat template has no place for '{name}'.", param=name)
+            raise UnsupportedParameter(
+                f"The served model's chat template has no place for '{name}': leave names out, or write them into the "
+                "'content'.",
+                param=name,
+            )

@@ -8,7 +8,7 @@ from llguidance.hf import from_tokenizer
 from mlx_lm.tokenizer_utils import TokenizerWrapper, load
 
 from api.chat.prompt import ChatPrompt, chat_prompt
-from api.errors import ContextLengthExceeded, InvalidRequest
+from api.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from api.output.parser import CONTENT, REASONING
 from api.schemas.chat import ChatCompletionRequest
 from api.tokenizer import ChatTokenizer
@@ -260,7 +260,9 @@ def test_a_developer_is_the_system_where_the_template_knows_no_developer(
 def test_a_name_is_used_or_refused(tiny: ChatTokenizer, tiny_chat_model: Path, tmp_path: Path):
     assert prompt(tiny, {**user("hi"), "name": None}, {"role": "assistant", "content": "ho", "name": None}, user("x"))
     named = [user("hi"), {"role": "assistant", "content": "ho", "name": "B"}, {**user("x"), "name": "A"}]
-    assert refused(tiny, *named) in ("messages[1].name", "messages[2].name")
+    with pytest.raises(UnsupportedParameter, match="leave names out, or write them into the 'content'") as raised:
+        prompt(tiny, *named)
+    assert raised.value.param in ("messages[1].name", "messages[2].name")
     # A template may use those of some roles only, or insist on them.
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.name + ':' }}{% endif %}{{ m.content }}{% endfor %}"
