@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -43,6 +44,7 @@ _EXPECTED = {
 }
 # Types of content parts and blocks, OpenAI's and Anthropic's.
 _NOT_TEXT = frozenset("image_url input_audio file input_image input_file image document".split())
+_TOOL_TYPE = re.compile(r"tools\[\d+\]\.type")
 _BOUNDS = {
     "greater_than_equal": ("below_min_value", "below minimum value. Expected a value >=", "ge"),
     "greater_than": ("below_min_value", "below minimum value. Expected a value >", "gt"),
@@ -152,6 +154,8 @@ def _invalid_value(name: str, value: Any, expected: str) -> InvalidRequest:
     message = f"Invalid value for '{name}': {_short(value)}. Supported values are: {expected}."
     if value in _NOT_TEXT:
         message += " The served model reads text only."
+    if _TOOL_TYPE.fullmatch(name):  # the user of an agent reads it, who did not write the request
+        message += " Other tools have to be switched off in the client."
     return InvalidRequest(message, param=name, code="invalid_value")
 
 

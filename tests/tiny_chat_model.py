@@ -24,6 +24,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' and not loop.first %}"
     "{{ raise_exception('The system message must come first') }}{% endif %}"
+    "{% if message['role'] == 'system' and not message['content'] %}"
+    "{{ raise_exception('The system message must say something') }}{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import Any
 
 from api.chat.template import ChatTemplate
-from api.chat.turns import INSTRUCTING, Turn, native_turns
+from api.chat.turns import INSTRUCTING, Turn, native_turns, with_placed_instructions
 from api.errors import InvalidRequest
 from api.output.deltas import BETWEEN_MESSAGES
 from api.output.tool_format import result_text
@@ -23,22 +23,10 @@ _MAX_LOOKS = 5_000_000
 
 
 def harmony_turns(messages: Sequence[Message], template: ChatTemplate) -> list[Turn]:
-    """Raises InvalidRequest for instructions behind the beginning: the template would leave them out."""
-    instructing = list(takewhile(lambda message: message.role in INSTRUCTING, messages))
-    for place, message in enumerate(messages):
-        if place >= len(instructing) and message.role in INSTRUCTING:
-            raise InvalidRequest(
-                f"The served model takes messages of role '{message.role}' only before all others: "
-                f"move 'messages[{place}]' to the beginning, or send it as one of the user.",
-                param=f"messages[{place}]",
-                code="invalid_messages",
-            )
-    turns = native_turns(messages, template)
-    begin, rest = turns[: len(instructing)], turns[len(instructing) :]
-    if begin:
-        content = BETWEEN_MESSAGES.join(turn["content"] for turn in begin)
-        begin = [{**begin[0], "content": content}]
-    said = list(_said(rest))
+    """Raises InvalidRequest for a conversation with so many calls that the template takes too long."""
+    turns = with_placed_instructions(native_turns(messages, template), template)
+    begin = list(takewhile(lambda turn: turn["role"] in INSTRUCTING, turns))
+    said = list(_said(turns[len(begin) :]))
     num_calls = sum("tool_calls" in turn for turn in said)
     if num_calls * len(said) > _MAX_LOOKS:
         raise InvalidRequest(

@@ -15,7 +15,7 @@ from functools import partial
 from api.chat.harmony_turns import harmony_turns
 from api.chat.template_variables import TemplateVariables, template_variables
 from api.chat.tool_use import ToolUse, tool_use
-from api.chat.turns import Turn, generic_turns, native_turns, with_joined_instructions
+from api.chat.turns import Turn, generic_turns, native_turns, with_placed_instructions
 from api.errors import InvalidRequest, UnsupportedParameter
 from api.output import harmony
 from api.output.parser import CONTENT, REASONING, OutputFormat
@@ -127,7 +127,7 @@ def _render(
     if template.is_harmony:
         turns = harmony_turns(messages, template)
     else:
-        turns = with_joined_instructions(native_turns(messages, template, short_ids=short_ids), template)
+        turns = with_placed_instructions(native_turns(messages, template, short_ids=short_ids), template)
     return template.render(turns, use.offered, variables.values, continues=continues)
 
 
@@ -265,4 +265,8 @@ def _check_names(
             is_used = True
         if not is_used:
             name = f"messages[{place}].name"
-            raise UnsupportedParameter(f"The served model's chat template has no place for '{name}'.", param=name)
+            raise UnsupportedParameter(
+                f"The served model's chat template has no place for '{name}': leave names out, or write them into the "
+                "'content'.",
+                param=name,
+            )

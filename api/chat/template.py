@@ -75,6 +75,15 @@ class ChatTemplate:
         except InvalidRequest:
             return False
 
+    @cached_property
+    def takes_late_system(self) -> bool:
+        """Whether a system message behind the user's makes a difference, too."""
+        user = {"role": "user", "content": "user"}
+        try:
+            return self.render([user, {"role": "system", "content": "late"}]) != self.render([user])
+        except InvalidRequest:
+            return False
+
     @property
     def can_think(self) -> bool:
         """Whether the model thinks before it answers. To have the tokens for it is not enough: whole families do."""

@@ -19,6 +19,7 @@ from api.schemas.chat import AssistantMessage, DeveloperMessage, Message, ToolCa
 Turn = dict[str, Any]
 
 INSTRUCTING = ("system", "developer")
+BETWEEN_INSTRUCTIONS = "\n\n"
 
 
 def native_turns(messages: Sequence[Message], template: ChatTemplate, *, short_ids: bool = False) -> list[Turn]:
@@ -61,21 +62,44 @@ def generic_turns(messages: Sequence[Message], template: ChatTemplate, tools: Se
         else:
             turns.append(turn)
         follows_result = is_result
-    turns = with_joined_instructions(turns, template)
+    turns = with_placed_instructions(turns, template)
     if tools:
         _offer(turns, offer_text(tools), template)
     return turns
 
 
-def with_joined_instructions(turns: list[Turn], template: ChatTemplate) -> list[Turn]:
-    """Instructions at the beginning as one turn, where the template has a place for one alone.
+def with_placed_instructions(turns: list[Turn], template: ChatTemplate) -> list[Turn]:
+    """Instructions where the template has a place for them.
 
-    Agents send several: `instructions` of a response beside a developer's message, a system's beside a developer's.
+    Where it takes one turn of them alone, those at the beginning are one: agents send several, `instructions` of a
+    response beside a developer's message, a system's beside a developer's. Where it takes none behind the beginning,
+    later ones are the user's: Claude Code sends one behind the first question, Codex where a setting changes. They
+    keep their place, so that the prompt of the next request begins as this one does.
     """
     begin = list(takewhile(lambda turn: turn["role"] in INSTRUCTING, turns))
-    if len(begin) < 2 or template.takes_several_systems:
-        return turns
-    return [{**begin[0], "content": "\n\n".join(turn["content"] for turn in begin)}, *turns[len(begin) :]]
+    rest = turns[len(begin) :]
+    if len(begin) > 1 and not template.takes_several_systems:
+        begin = [{**begin[0], "content": BETWEEN_INSTRUCTIONS.join(turn["content"] for turn in begin)}]
+    if any(turn["role"] in INSTRUCTING for turn in rest) and not template.takes_late_system:
+        rest = _instructed_by_the_user(rest)
+    return [*begin, *rest]
+
+
+def _instructed_by_the_user(turns: Sequence[Turn]) -> list[Turn]:
+    """Instructions as the user's words, in one turn with those around them: many templates insist that user and
+    assistant take turns."""
+    made: list[Turn] = []
+    follows_instructions = False
+    for turn in turns:
+        instructs = turn["role"] in INSTRUCTING
+        said: Turn = {"role": "user", "content": turn["content"]} if instructs else turn
+        if made and made[-1]["role"] == said["role"] == "user" and (instructs or follows_instructions):
+            content = made[-1]["content"] + BETWEEN_INSTRUCTIONS + said["content"]
+            made[-1] = {**made[-1], "content": content}
+        else:
+            made.append(said)
+        follows_instructions = instructs
+    return made
 
 
 def _turn(message: Message, template: ChatTemplate) -> Turn:

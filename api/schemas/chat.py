@@ -94,7 +94,7 @@ class UserMessage(_Message):
 
 class ToolMessage(_Message):
     role: Literal["tool"]
-    content: Content
+    content: Annotated[_String | Annotated[list[TextPart], Tag("parts"), Field(fail_fast=True)], _content]  # or nothing
     tool_call_id: str
 
 
@@ -110,7 +110,8 @@ class AssistantMessage(_Message):
 
     @model_validator(mode="after")
     def _says_something(self) -> AssistantMessage:
-        if self.content is None and self.refusal is None and not self.tool_calls:
+        # An answer that was cut while it reasoned has neither text nor calls; clients send it back without content.
+        if self.content is None and self.refusal is None and not self.tool_calls and not self.reasoning_content:
             raise PydanticCustomError("no_content", "an assistant message needs content or tool_calls")
         return self
 

@@ -61,6 +61,7 @@ def test_null_is_as_good_as_absent_for_every_optional_field():
         ("reasoning_effort", "medium"),
         ("verbosity", "medium"),
         ("stop", []),
+        ("stop", list("abcdefghijkl")),
         ("logit_bias", {}),
         ("metadata", {"a": "b"}),
         ("user", "me"),
@@ -138,7 +139,7 @@ def test_a_value_that_is_not_done_is_answered_with_those_that_are(schema: Any, f
         ({"priority": 2**31}, "integer_above_max_value", "priority"),
         ({"priority": -(2**31) - 1}, "integer_below_min_value", "priority"),
         ({"stop": ""}, "empty_string", "stop"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "array_above_max_length", "stop"),
+        ({"stop": ["a"] * 65}, "array_above_max_length", "stop"),
         ({"stop": ["a", 1]}, "invalid_type", "stop[1]"),
         ({"stop": "x" * 1025}, "string_above_max_length", "stop"),
         ({"logit_bias": {"x": 1}}, "invalid_value", "logit_bias"),
@@ -199,6 +200,16 @@ def test_a_value_of_a_wrong_type_is_answered_with_what_it_may_be(fields: dict[st
         parse(**fields)
     assert raised.value.param == param and raised.value.code == "invalid_type"
     assert says in raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("schema", "kind"),
+    [(ChatCompletionRequest, "custom"), (ResponseRequest, "web_search"), (MessagesRequest, "web_search_20250305")],
+)
+def test_a_tool_that_nobody_here_runs_is_answered_with_what_the_user_can_do(schema: Any, kind: str):
+    body = {name: value for name, value in EVERYWHERE.items() if name in schema.model_fields}
+    with pytest.raises(InvalidRequest, match=f"'tools\\[0\\].type': '{kind}'.*switched off in the client"):
+        validate(schema, body | {"tools": [{"type": kind, "name": "x"}]}, "reject")
 
 
 def test_a_number_in_a_query_is_an_integer_where_its_field_is_one():
@@ -264,6 +275,17 @@ def test_a_tool_round_trip_is_understood():
     assert isinstance(assistant, AssistantMessage)
     assert assistant.tool_calls is not None
     assert assistant.tool_calls[0].function.name == "f"
+
+
+def test_an_answer_that_was_cut_while_it_reasoned_is_taken_without_content():
+    request, _ = parse(messages=[USER, {"role": "assistant", "content": None, "reasoning_content": "Hm"}, USER])
+    assert request.messages[1].text == ""
+
+
+def test_a_tool_may_return_nothing():
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    request, _ = parse(messages=[USER, called, {"role": "tool", "tool_call_id": "call_1", "content": []}])
+    assert request.messages[2].text == ""
 
 
 def test_a_field_nobody_documents_is_refused_by_name_wherever_it_is():

@@ -8,7 +8,7 @@ from llguidance.hf import from_tokenizer
 from mlx_lm.tokenizer_utils import TokenizerWrapper, load
 
 from api.chat.prompt import ChatPrompt, chat_prompt
-from api.errors import ContextLengthExceeded, InvalidRequest
+from api.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from api.output.parser import CONTENT, REASONING
 from api.schemas.chat import ChatCompletionRequest
 from api.tokenizer import ChatTokenizer
@@ -160,8 +160,8 @@ def test_a_template_that_breaks_or_breaks_out_is_the_client_s_error(
 
 
 def test_a_template_that_raises_is_the_client_s_error(tiny: ChatTokenizer):
-    with pytest.raises(InvalidRequest, match="system message must come first") as raised:
-        prompt(tiny, user("hi"), {"role": "system", "content": "late"})
+    with pytest.raises(InvalidRequest, match="system message must say something") as raised:
+        prompt(tiny, {"role": "system", "content": ""}, user("hi"))
     assert raised.value.param == "messages"
 
 
@@ -192,6 +192,47 @@ def test_instructions_stay_as_they_are_where_the_template_takes_several(qwen: Ch
     assert text(qwen, *INSTRUCTIONS, user("hi")).count("<|im_start|>system") == 3
 
 
+LATE = {"role": "developer", "content": "Late."}
+SAID = {"role": "assistant", "content": "ho"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "same"),
+    [
+        # Claude Code sends one behind the first question, Codex where a setting changes.
+        ([user("hi"), LATE], [user("hi\n\nLate.")]),
+        ([IN_ONE, user("hi"), LATE], [IN_ONE, user("hi\n\nLate.")]),
+        ([user("hi"), SAID, LATE, user("ho")], [user("hi"), SAID, user("Late.\n\nho")]),
+        ([user("hi"), SAID, LATE, LATE], [user("hi"), SAID, user("Late.\n\nLate.")]),
+        ([user("hi"), SAID, LATE], [user("hi"), SAID, user("Late.")]),
+    ],
+)
+@pytest.mark.parametrize("tools", [{}, {"tools": [GET]}])
+def test_instructions_behind_the_beginning_are_the_user_s_where_the_template_refuses_them(
+    tiny: ChatTokenizer, messages: list[dict[str, Any]], same: list[dict[str, Any]], tools: dict[str, Any]
+):
+    assert text(tiny, *messages, **tools) == text(tiny, *same, **tools)
+
+
+def test_instructions_behind_a_result_are_the_user_s(tiny_chat_model: Path, tmp_path: Path):
+    rule = "{% if message.role == 'system' and not loop.first %}{{ raise_exception('system first') }}{% endif %}"
+    template = QWEN3.replace("{%- for message in messages %}", "{%- for message in messages %}" + rule)
+    model = template_model(tiny_chat_model, tmp_path, template, added=["<think>", "</think>"])
+    made = text(model, *ROUND_TRIP, LATE, tools=[ADD, GET])
+    assert made.endswith("</tool_response><|im_end|>\n<|im_start|>user\nLate.<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_instructions_behind_the_beginning_are_not_lost_where_the_template_leaves_them_out(
+    tiny_chat_model: Path, tmp_path: Path
+):
+    model = template_model(tiny_chat_model, tmp_path, FIRST_SYSTEM_ONLY)
+    assert text(model, IN_ONE, user("hi"), LATE) == IN_ONE["content"] + ";hi\n\nLate.;"
+
+
+def test_instructions_keep_their_place_where_the_template_takes_them_there(qwen: ChatTokenizer):
+    assert "<|im_start|>system\nLate.<|im_end|>" in text(qwen, user("hi"), LATE)
+
+
 def test_a_model_without_a_template_says_so(tiny_chat_model: Path, tmp_path: Path):
     with pytest.raises(InvalidRequest, match="no chat template"):
         prompt(template_model(tiny_chat_model, tmp_path, None))
@@ -219,7 +260,9 @@ def test_a_developer_is_the_system_where_the_template_knows_no_developer(
 def test_a_name_is_used_or_refused(tiny: ChatTokenizer, tiny_chat_model: Path, tmp_path: Path):
     assert prompt(tiny, {**user("hi"), "name": None}, {"role": "assistant", "content": "ho", "name": None}, user("x"))
     named = [user("hi"), {"role": "assistant", "content": "ho", "name": "B"}, {**user("x"), "name": "A"}]
-    assert refused(tiny, *named) in ("messages[1].name", "messages[2].name")
+    with pytest.raises(UnsupportedParameter, match="leave names out, or write them into the 'content'") as raised:
+        prompt(tiny, *named)
+    assert raised.value.param in ("messages[1].name", "messages[2].name")
     # A template may use those of some roles only, or insist on them.
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.name + ':' }}{% endif %}{{ m.content }}{% endfor %}"

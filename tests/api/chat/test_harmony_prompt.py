@@ -143,11 +143,11 @@ def test_calls_without_results_are_shown(model: ChatTokenizer):
     assert 'functions.get<|channel|>commentary json<|message|>"no JSON"<|call|><|start|>user' in written
 
 
-def test_instructions_are_put_together_and_come_first(model: ChatTokenizer):
+def test_instructions_are_put_together_where_they_come_first_and_else_the_user_s(model: ChatTokenizer):
     messages = [{"role": "system", "content": "S"}, {"role": "developer", "content": "D"}, user("hi")]
     assert "<|start|>developer<|message|># Instructions\n\nS\n\nD\n\n<|end|>" in text(model, *messages)
     late = [user("hi"), {"role": "assistant", "content": "ho"}, {"role": "developer", "content": "late"}]
-    assert refused(model, *late) == "messages[2]"
+    assert "<|start|>user<|message|>late<|end|>" in text(model, *late)
 
 
 def test_special_tokens_in_a_conversation_are_text(model: ChatTokenizer):

@@ -216,7 +216,7 @@ def test_what_a_request_gives_up_is_named_in_a_header(tmp_path: Path, tiny_chat_
     [
         ({"json": {**BODY, "model": "claude"}}, 404, "not_found_error", "claude"),
         ({"json": {**BODY, "top_k": -1}}, 400, "invalid_request_error", "top_k"),
-        ({"json": {**BODY, "messages": [*BODY["messages"], {"role": "system", "content": "late"}]}}, 400,
+        ({"json": {**BODY, "messages": [{"role": "system", "content": ""}, *BODY["messages"]]}}, 400,
          "invalid_request_error", "messages"),
         ({"content": b"{"}, 400, "invalid_request_error", "JSON"),
         ({"content": b"{}", "headers": {"content-type": "text/plain"}}, 415, "invalid_request_error", "Content-Type"),
