@@ -103,7 +103,7 @@ def translate(request: asked.CountTokensRequest, *, can_think: bool) -> Translat
     if request.json_format is not None:
         json_schema = made.JsonSchema.model_validate({"name": "output", "schema": request.json_format.schema_})
         fields["response_format"] = made.JsonSchemaFormat(type="json_schema", json_schema=json_schema)
-    # Right by its own schema. OpenAI's limit (names of 64 characters) is not Anthropic's.
+    # Right by its own schema. OpenAI's limits (4 stop strings, names of 64 characters) are not Anthropic's.
     return Translation(made.ChatCompletionRequest.model_construct(**fields), ignored, origins)
 
 

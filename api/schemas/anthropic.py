@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from api.schemas.base import MAX_MESSAGES, MAX_STOP_LENGTH, MAX_STOP_STRINGS, Probability, Received, conflict, only
+from api.schemas.base import MAX_MESSAGES, MAX_STOP_LENGTH, Probability, Received, conflict, only
 
 MAX_TOOLS = 512
+MAX_STOP_SEQUENCES = 64
 MIN_THINKING_BUDGET = 1024  # Anthropic's
 
 # -- content ---------------------------------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ class MessagesRequest(CountTokensRequest):
     stream: bool | None = None
     stop_sequences: (
         Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]], Field(max_length=MAX_STOP_STRINGS)
+            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]], Field(max_length=MAX_STOP_SEQUENCES)
         ]
         | None
     ) = None

@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-MAX_STOP_STRINGS = 64  # OpenAI's 4 are too few for editors: Continue's autocompletion sends a dozen
+MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 1024  # characters; how much text a stream may have to hold back
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
