@@ -252,7 +252,7 @@ def test_an_error_of_the_ring_is_an_http_status_and_nothing_is_stored(tmp_path: 
         ({"model": "other"}, "model", "model_not_found"),
         ({"input": "one two three " * 50}, "input", "context_length_exceeded"),
         ({"max_output_tokens": 64}, "input", "context_length_exceeded"),
-        ({"input": [message("user", "a"), message("system", "b")]}, "input", "invalid_messages"),
+        ({"input": [message("system", ""), message("user", "a")]}, "input", "invalid_messages"),
         (
             {"text": {"format": {"type": "json_schema", "name": "a"}}},
             "text.format.schema",
