@@ -25,6 +25,7 @@ _TEMPLATE_ERRORS = (
     TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
     RecursionError, NotImplementedError,
 )  # fmt: skip
+_SYSTEM, _USER = ({"role": role, "content": role} for role in ("system", "user"))
 _SWITCHES = ("enable_thinking", "thinking")  # what templates call it: most of them, DeepSeek
 
 
@@ -60,27 +61,22 @@ class ChatTemplate:
     @cached_property
     def takes_system(self) -> bool:
         """Whether a system message makes a difference; some templates refuse it, some leave it out."""
-        user = {"role": "user", "content": "user"}
-        try:
-            return self.render([{"role": "system", "content": "system"}, user]) != self.render([user])
-        except InvalidRequest:
-            return False
+        return self._heeds([_SYSTEM, _USER], without=[_USER])
 
     @cached_property
     def takes_several_systems(self) -> bool:
         """Whether a second system message at the beginning makes a difference, too."""
-        first, user = {"role": "system", "content": "first"}, {"role": "user", "content": "user"}
-        try:
-            return self.render([first, {"role": "system", "content": "second"}, user]) != self.render([first, user])
-        except InvalidRequest:
-            return False
+        return self._heeds([_SYSTEM, _SYSTEM, _USER], without=[_SYSTEM, _USER])
 
     @cached_property
     def takes_late_system(self) -> bool:
         """Whether a system message behind the user's makes a difference, too."""
-        user = {"role": "user", "content": "user"}
+        return self._heeds([_USER, _SYSTEM], without=[_USER])
+
+    def _heeds(self, messages: Sequence[dict[str, Any]], *, without: Sequence[dict[str, Any]]) -> bool:
+        """Whether it takes `messages`, and what they have more than those `without` it makes a difference."""
         try:
-            return self.render([user, {"role": "system", "content": "late"}]) != self.render([user])
+            return self.render(messages) != self.render(without)
         except InvalidRequest:
             return False
 

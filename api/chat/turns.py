@@ -117,7 +117,7 @@ def _turn(message: Message, template: ChatTemplate) -> Turn:
 def _offer(turns: list[Turn], text: str, template: ChatTemplate) -> None:
     """Put the offer of tools where the model reads it first."""
     if turns[0]["role"] in INSTRUCTING:
-        turns[0]["content"] += "\n\n" + text
+        turns[0]["content"] += BETWEEN_INSTRUCTIONS + text
     elif template.takes_system:
         turns.insert(0, {"role": "system", "content": text})
     else:
