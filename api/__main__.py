@@ -173,7 +173,7 @@ async def _serve(settings: Settings, instance: str, listener: socket.socket) -> 
         ring.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await ring
-        connections.hurry(SILENCE_S)
+        connections.hurry(http.server_state.connections, SILENCE_S)  # pyright: ignore[reportArgumentType]  # its only class
         http.config.timeout_graceful_shutdown = max(HTTP_END_GRACE_S, math.ceil(supervisor.seconds_of_grace))
         http.should_exit = True
     logger.info("stopped")

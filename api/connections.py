@@ -57,8 +57,6 @@ class Connections:
         self.max_connections = max_connections
         self.silence_s = silence_s
         self.idle: dict[Connection, None] = {}  # without a request; longest first
-        self.unread: set[Connection] = set()  # whose clients do not take what there is for them
-        self.open: set[Connection] = set()  # all of them
 
     @classmethod
     def for_open_files(cls, num_files: int, *, silence_s: float) -> Connections:
@@ -72,19 +70,21 @@ class Connections:
             )
         return cls(max_connections=max_connections, silence_s=silence_s)
 
-    def hurry(self, silence_s: float) -> None:
+    def hurry(self, connections: set[Connection], silence_s: float) -> None:
         """From now on a client may take nothing for so long only, and has so long for the rest of a request.
 
-        No request is accepted any more: what a body would still say, nobody waits for.
+        No request is accepted any more: what a body would still say, nobody waits for. `connections`: all of the
+        server's, as uvicorn keeps them.
         """
         self.silence_s = silence_s
-        for connection in self.unread:
-            connection.watch_reader()
-        asyncio.get_running_loop().call_later(silence_s, self._refuse_unsent)
+        for connection in connections:
+            connection.look_sooner()
 
-    def _refuse_unsent(self) -> None:
-        for connection in list(self.open):
-            connection.refuse_unsent()
+        def refuse_unsent() -> None:
+            for connection in list(connections):
+                connection.refuse_unsent()
+
+        asyncio.get_running_loop().call_later(silence_s, refuse_unsent)
 
     def accept(self, **arguments: Any) -> Connection:
         """As uvicorn makes a connection's protocol."""
@@ -102,7 +102,6 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
-        self._shared.open.add(self)
         probe(transport.get_extra_info("socket"))
         # What the system does not take is paused for at once, so that all of it is under `_reader_timer`.
         transport.set_write_buffer_limits(high=0)
@@ -114,9 +113,8 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._shared.idle.pop(self, None)
-        self._shared.open.discard(self)
         self._head_timer = _cancelled(self._head_timer)
-        self._forget_reader()
+        self._reader_timer = _cancelled(self._reader_timer)
         super().connection_lost(exc)
 
     def _make_room(self) -> bool:
@@ -168,26 +166,25 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._shared.unread.add(self)
-        self.watch_reader()
+        self._watch_reader()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._forget_reader()
-
-    def _forget_reader(self) -> None:
-        self._shared.unread.discard(self)
         self._reader_timer = _cancelled(self._reader_timer)
 
-    def watch_reader(self) -> None:
-        """Look at the client again after the time it has to take something."""
-        _cancelled(self._reader_timer)
+    def look_sooner(self) -> None:
+        """At a client that takes nothing: how long it may has changed."""
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._watch_reader()
+
+    def _watch_reader(self) -> None:
         size = self.transport.get_write_buffer_size()
         self._reader_timer = self.loop.call_later(self._shared.silence_s, self._check_reader, size)
 
     def _check_reader(self, size_before: int) -> None:
         if self.transport.get_write_buffer_size() < size_before:
-            self.watch_reader()
+            self._watch_reader()
             return
         logger.info("a client has read nothing for %.0f s: its connection is closed", self._shared.silence_s)
         self.transport.abort()
