@@ -54,10 +54,15 @@ class Served:
             while not holds():
                 await asyncio.sleep(0.001)
 
+    async def submitted(self) -> Submit:
+        """The next request, as the ring gets it."""
+        message = await self.engine.read()
+        assert isinstance(message, Submit), message
+        return message
+
     async def answer(self, *pieces: str, finish_reason: str | None = "stop", num_cached_tokens: int = 0) -> Submit:
         """Take the next request and answer it with `pieces`, a step each."""
-        submit = await self.engine.read()
-        assert isinstance(submit, Submit), submit
+        submit = await self.submitted()
         self.engine.send(StepOutput(started=[Started(submit.request_id, num_cached_tokens)]))
         for piece in pieces:
             self.engine.step(submit.request_id, *self.ids(piece))

@@ -11,7 +11,7 @@ import pytest
 
 from api.service import Service
 from server.protocol import Cancel, SequenceOutput, Started, StepOutput, Submit, TokenLogprobs
-from tests.api.chat.test_chat_route import events, post, submitted
+from tests.api.chat.test_chat_route import events, post
 from tests.api.served_app import Served, run, served
 from tests.api.test_app import assert_openai_error
 
@@ -40,7 +40,7 @@ def test_several_choices_share_a_prompt_and_differ_by_their_seeds(tmp_path: Path
         async with served(tmp_path, tiny_chat_model, ready={"max_concurrent_requests": 4}) as app:
             options = {"include_usage": True}
             asking = post(app, n=3, seed=7, stream=stream, **({"stream_options": options} if stream else {}))
-            submits = [await submitted(app) for _ in range(3)]
+            submits = [await app.submitted() for _ in range(3)]
             assert [submit.sampling.seed for submit in submits] == [7, 8, 9]
             assert len({tuple(submit.prompt_token_ids) for submit in submits}) == 1
             assert len({submit.request_id for submit in submits}) == 3
@@ -76,7 +76,7 @@ def test_a_client_that_leaves_frees_all_its_choices(tmp_path: Path, tiny_chat_mo
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model) as app:
             asking = post(app, n=2, stream=True)
-            submits = [await submitted(app) for _ in range(2)]
+            submits = [await app.submitted() for _ in range(2)]
             asking.cancel()
             left = [await app.engine.read() for _ in range(2)]
             assert left == [Cancel(submit.request_id) for submit in reversed(submits)]
@@ -90,7 +90,7 @@ def test_more_choices_than_may_wait_are_refused_before_any_is_accepted(tmp_path:
             error = assert_openai_error(await post(app, n=4), 400, "integer_above_max_value")
             assert error["param"] == "n", "waiting would not help"
             asking = post(app, n=3)
-            submits = [await submitted(app) for _ in range(3)]
+            submits = [await app.submitted() for _ in range(3)]
             assert_openai_error(await post(app, n=2), 429, "rate_limit_exceeded")
             assert len(app.client.generations) == 3
             for submit in submits:
@@ -105,7 +105,7 @@ def test_logprobs_name_each_token_with_its_bytes_and_alternatives(tmp_path: Path
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model) as app:
             asking = post(app, logprobs=True, top_logprobs=2, stream=stream)
-            submit = await submitted(app)
+            submit = await app.submitted()
             assert submit.sampling.logprobs == 2
             ids = app.ids("hello ü")
             app.engine.send(StepOutput(started=[Started(submit.request_id, 0)]))
@@ -135,7 +135,7 @@ def test_logprobs_without_alternatives_have_none(tmp_path: Path, tiny_chat_model
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model) as app:
             asking = post(app, logprobs=True)
-            submit = await submitted(app)
+            submit = await app.submitted()
             assert submit.sampling.logprobs == 0
             output = SequenceOutput(submit.request_id, app.ids("a"), "length", logprobs=[TokenLogprobs(-1.0)])
             app.engine.send(StepOutput([output]))
@@ -150,7 +150,7 @@ def test_a_tool_call_is_an_object_of_openai_s(tmp_path: Path, tiny_chat_model: P
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model, ready={"max_sequence_length": 2048}) as app:
             asking = post(app, tools=[WEATHER], tool_choice=tool_choice)
-            submit = await submitted(app)
+            submit = await app.submitted()
             assert (submit.sampling.grammar is not None) == (tool_choice != "auto")
             give(app, submit, CALL)
             (choice,) = (await asking).json()["choices"]
@@ -170,7 +170,7 @@ def test_a_streamed_call_has_its_name_first_and_then_pieces_of_its_arguments(tmp
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model, ready={"max_sequence_length": 2048}) as app:
             asking = post(app, tools=[WEATHER], stream=True)
-            give(app, await submitted(app), *CALL, finish_reason="stop")  # letter by letter
+            give(app, await app.submitted(), *CALL, finish_reason="stop")  # letter by letter
             *chunks, _ = events((await asking).text)
             deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
             assert not any(delta.get("content") for delta in deltas), "no marker leaks"
@@ -188,7 +188,7 @@ def test_ignore_eos_and_min_tokens_reach_the_ring(tmp_path: Path, tiny_chat_mode
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model) as app:
             asking = post(app, ignore_eos=True, max_tokens=3)
-            submit = await submitted(app)
+            submit = await app.submitted()
             assert submit.stop_token_ids == []
             app.engine.step(submit.request_id, *app.ids("a"), finish_reason="length")
             await asking
@@ -221,7 +221,7 @@ def test_choices_are_read_while_a_slow_client_is_not(tmp_path: Path, tiny_chat_m
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model) as app:
             asking = post(app, n=2, stop="!")
-            first, second = [await submitted(app) for _ in range(2)]
+            first, second = [await app.submitted() for _ in range(2)]
             give(app, first, "one", "! two", finish_reason=None)
             assert await asyncio.wait_for(app.engine.read(), 5) == Cancel(first.request_id)
             give(app, second, "three")
@@ -239,7 +239,7 @@ def test_an_answer_that_cannot_be_read_is_an_error_and_no_silence(
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model) as app:
             asking = post(app)
-            submit = await submitted(app)
+            submit = await app.submitted()
             monkeypatch.setattr("api.output.reader.OutputReader.add", breaks)
             app.engine.step(submit.request_id, *app.ids("one"))
             assert_openai_error(await asking, 500, "internal_error")

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from openai import APIError, AsyncOpenAI
 
-from server.protocol import Cancel, SequenceOutput, StepOutput, Submit
+from server.protocol import Cancel, SequenceOutput, StepOutput
 from tests.api.served_app import BODY, Served, run, served
 from tests.api.test_app import COMPLETIONS, assert_openai_error
 
@@ -22,12 +22,6 @@ def events(text: str) -> list[Any]:
 
 def post(app: Served, **fields: Any) -> asyncio.Task[httpx.Response]:
     return asyncio.create_task(app.http.post(COMPLETIONS, json={**BODY, **fields}))
-
-
-async def submitted(app: Served) -> Submit:
-    message = await app.engine.read()
-    assert isinstance(message, Submit), message
-    return message
 
 
 def test_an_answer_has_openai_s_shape_and_our_timings(tmp_path: Path, tiny_chat_model: Path):
@@ -165,7 +159,7 @@ def test_an_error_before_the_first_token_is_an_http_status(tmp_path: Path, tiny_
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model) as app:
             asking = post(app, stream=stream)
-            submit = await submitted(app)
+            submit = await app.submitted()
             output = SequenceOutput(submit.request_id, finish_reason="error", error="the prompt cannot be held")
             app.engine.send(StepOutput([output]))
             error = assert_openai_error(await asking, 500)
@@ -203,7 +197,7 @@ def test_no_progress_is_a_504_or_an_error_event(tmp_path: Path, tiny_chat_model:
             if started:
                 await app.answer("one", finish_reason=None)
             else:
-                await submitted(app)
+                await app.submitted()
             while app.client.generations:
                 await asyncio.sleep(0.01)
                 app.client.expire("")

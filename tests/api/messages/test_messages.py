@@ -111,8 +111,7 @@ def test_the_stop_sequence_that_was_found_is_named(tmp_path: Path, tiny_chat_mod
 
 async def cut_off(app: Served) -> Submit:
     """The next request's answer is one token, and its limit is reached."""
-    submit = await app.engine.read()
-    assert isinstance(submit, Submit)
+    submit = await app.submitted()
     app.engine.step(submit.request_id, app.ids("one")[0], finish_reason="length", start=True)
     return submit
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.protocol import Cancel, SequenceOutput, StepOutput, Submit
+from server.protocol import Cancel, SequenceOutput, StepOutput
 from tests.api.messages.test_messages import ROOM_FOR_TOOLS, WEATHER, WEATHER_CALL, assert_anthropic_error, post
 from tests.api.served_app import run, served
 
@@ -119,8 +119,7 @@ def test_an_error_before_the_first_token_is_an_http_status(tmp_path: Path, tiny_
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model) as app:
             asking = post(app, stream=True)
-            submit = await app.engine.read()
-            assert isinstance(submit, Submit)
+            submit = await app.submitted()
             output = SequenceOutput(submit.request_id, finish_reason="error", error="the prompt cannot be held")
             app.engine.send(StepOutput([output]))
             assert assert_anthropic_error(await asking, 500, "api_error") == "the prompt cannot be held"

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from openai.types.responses import Response
 
-from server.protocol import SequenceOutput, StepOutput, Submit, TokenLogprobs
+from server.protocol import SequenceOutput, StepOutput, TokenLogprobs
 from tests.api.served_app import Served, run, served
 from tests.api.test_app import COMPLETIONS, assert_openai_error
 
@@ -129,8 +129,7 @@ def test_an_answer_that_is_cut_is_incomplete(tmp_path: Path, tiny_chat_model: Pa
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model) as app:
             asking = post(app, max_output_tokens=1)
-            submit = await app.engine.read()
-            assert isinstance(submit, Submit)
+            submit = await app.submitted()
             app.engine.step(submit.request_id, app.ids("one")[0], finish_reason="length", start=True)
             body = (await asking).json()
             assert (body["status"], body["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
@@ -197,8 +196,7 @@ def test_logprobs_are_those_of_the_text(tmp_path: Path, tiny_chat_model: Path):
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model) as app:
             asking = post(app, top_logprobs=1)
-            submit = await app.engine.read()
-            assert isinstance(submit, Submit)
+            submit = await app.submitted()
             assert submit.sampling.logprobs == 1
             one, two = app.ids("one")[0], app.ids(" two")[0]
             for token in (one, two, submit.stop_token_ids[0]):
@@ -219,8 +217,7 @@ def test_a_likely_token_without_bytes_has_none(tmp_path: Path, tiny_chat_model: 
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model) as app:
             asking = post(app, top_logprobs=1)
-            submit = await app.engine.read()
-            assert isinstance(submit, Submit)
+            submit = await app.submitted()
             end = submit.stop_token_ids[0]
             for token, reason in ((app.ids("one")[0], None), (end, "stop")):
                 logprobs = [TokenLogprobs(-0.5, [end], [-0.25])]

@@ -12,7 +12,7 @@ from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerFast
 
-from server.protocol import Cancel, SequenceOutput, StepOutput, Submit, TokenLogprobs
+from server.protocol import Cancel, SequenceOutput, StepOutput, TokenLogprobs
 from tests.api.responses.test_responses import FUNCTION, LONG, RESPONSES, WEATHER_CALL, post
 from tests.api.served_app import Served, run, served
 from tests.api.test_app import assert_openai_error
@@ -209,8 +209,7 @@ def test_the_logprobs_of_a_delta_are_those_of_its_tokens(tmp_path: Path, tiny_ch
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model) as app:
             asking = post(app, stream=True, include=["message.output_text.logprobs"])
-            submit = await app.engine.read()
-            assert isinstance(submit, Submit)
+            submit = await app.submitted()
             euro = app.ids("€")  # three bytes, three tokens: only the last makes a character
             assert len(euro) == 3
             for token in (*app.ids("one")[:1], *euro, submit.stop_token_ids[0]):
@@ -231,8 +230,7 @@ def test_an_error_before_the_first_step_is_an_http_status(tmp_path: Path, tiny_c
     async def test() -> None:
         async with served(tmp_path, tiny_chat_model) as app:
             asking = post(app, stream=True)
-            submit = await app.engine.read()
-            assert isinstance(submit, Submit)
+            submit = await app.submitted()
             output = SequenceOutput(submit.request_id, finish_reason="error", error="the prompt cannot be held")
             app.engine.send(StepOutput([output]))
             error = assert_openai_error(await asking, 500)
